@@ -1,0 +1,28 @@
+"""Inputs shared by the tests and by the script that records golden data from the originals."""
+import numpy as np
+import torch
+from PIL import Image
+
+QUESTIONS = ["What does the sign say?", "Is there a cat? Answer yes or no."]
+
+
+def images() -> dict[str, Image.Image]:
+    """Every mode and shape that preprocessing must get right, from one seed."""
+    rng = np.random.default_rng(0)
+
+    def noise(w, h, channels, mode):
+        coarse = rng.integers(0, 256, (h // 6 + 1, w // 6 + 1, channels), dtype=np.uint8)      # blobs: bicubic has to work
+        full = coarse.repeat(6, 0).repeat(6, 1)[:h, :w]
+        return Image.fromarray(full[..., 0] if channels == 1 else full, mode)
+    palette = noise(50, 64, 1, "L")
+    palette = Image.frombytes("P", palette.size, palette.tobytes())
+    palette.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
+    palette.info["transparency"] = 7
+    return {"square": noise(56, 56, 3, "RGB"), "wide": noise(150, 61, 3, "RGB"), "tall": noise(37, 90, 3, "RGB"),
+            "tiny": noise(9, 5, 3, "RGB"), "grey": noise(70, 41, 1, "L"), "rgba": noise(48, 77, 4, "RGBA"),
+            "grey_alpha": noise(64, 64, 2, "LA"), "palette": palette, "cmyk": noise(81, 60, 4, "CMYK")}
+
+
+def kept(V: int, layer: int, seed: int = 0) -> list[int]:
+    """A kept set for the removal-equals-masking tests: about a third of V tokens."""
+    return torch.randperm(V, generator=torch.Generator().manual_seed(100 * seed + layer))[:V // 3].sort().values.tolist()

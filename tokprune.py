@@ -1,0 +1,380 @@
+"""Visual token pruning, as in arXiv 2512.07580 and the methods it compares. Knows no model and reads no file.
+
+A model turns image and question into a Stream and moves it forward by layers; this file takes visual rows out of it:
+
+    s = model.begin(image, question)        # the stream at the input of layer 0
+    s = model.run(s, stop=20)               # layers 0..19 on everything
+    s = prune(model, s, "dart", n=58)       # rows leave at the input of layer 20
+    s = model.run(s)                        # the other layers, short
+
+A method is a function of a View, `method(view, n) -> indices`, and an entry in METHODS at the end of its section.
+
+    B variants of one prompt   T rows   V visual tokens alive   N at first   C width   H heads   G key/value heads   D head width
+"""
+import re
+from dataclasses import dataclass, replace
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is the one line to show."""
+
+
+@dataclass
+class Stream:
+    """The residual stream at the input of a layer, for B variants of one prompt, and all that the layers to come need."""
+    layer: int
+    x: Tensor                       # (B, T, C)
+    pos: Tensor                     # (..., B or 1, T) positions as the model's rotary embedding takes them
+    next_pos: int                   # position of the first generated token: after the original prompt, whatever was removed
+    visual: tuple[int, int]         # first visual row and V; visual rows are contiguous and keep their order
+    origin: Tensor                  # (B or 1, V) index of each visual row among the N of the full image
+    grid: tuple[int, int]           # rows and columns of the full image, N = rows * cols
+    cache: list                     # per layer (keys, values), each (B or 1, G, T of that layer, D), or None
+    queries: Tensor | None          # (B, H, T, D) of the layer just run, for methods that look at attention
+    embeds: Tensor                  # (T at first, C) input embeddings of the whole prompt
+    saliency: Tensor                # (N,) how much the vision tower itself attends to each visual token
+
+
+def keep(stream: Stream, idx: Tensor, positions: str = "keep") -> Stream:
+    """The stream with only visual rows idx, ascending, (n,) or one set a variant (B, n); text rows always stay.
+
+    positions: "keep" leaves every row its original position; "compact" renumbers, as methods that shorten the prompt do.
+    """
+    idx = idx.to(stream.x.device)
+    idx = idx if idx.dim() == 2 else idx[None]
+    (start, V), T = stream.visual, stream.x.shape[1]
+    B, n = max(len(stream.x), len(idx)), idx.shape[1]
+    idx = idx.expand(B, n)
+    row = torch.arange(T, device=idx.device).expand(B, T)
+    rows = torch.cat([row[:, :start], start + idx, row[:, start + V:]], 1)                  # (B, T - V + n)
+    axes = stream.pos.shape[:-2]                                                            # () or (3,) for M-RoPE
+    pos, next_pos = stream.pos.expand(*axes, B, T).gather(-1, rows.expand(*axes, *rows.shape)), stream.next_pos
+    if positions == "compact":
+        next_pos = rows.shape[1]
+        pos = torch.arange(next_pos, device=pos.device).expand(pos.shape)
+    return replace(stream, x=stream.x.expand(B, -1, -1).gather(1, rows[..., None].expand(-1, -1, stream.x.shape[2])),
+                   pos=pos, next_pos=next_pos, visual=(start, n), origin=stream.origin.expand(B, V).gather(1, idx), queries=None)
+
+
+def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 0, info: Tensor | None = None,
+          positions: str = "keep") -> Stream:
+    """The stream after `method` has chosen n of its visual tokens (all of them if it has fewer).
+
+    A list of methods, or of seeds, makes one variant of each. info: (N,) measured information, for the oracle.
+    """
+    n = min(n, stream.visual[1])
+    B = max(len(stream.x), len(method) if isinstance(method, list) else 1, len(seed) if isinstance(seed, list) else 1)
+    methods, seeds = (m if isinstance(m, list) else [m] * B for m in (method, seed))
+    chosen = [choose(view_of(model, stream, b if len(stream.x) > 1 else 0, seeds[b], info), methods[b], n) for b in range(B)]
+    pruned = keep(stream, torch.stack([idx for idx, _ in chosen]), positions)
+    start = stream.visual[0]
+    for b, (_, merged) in enumerate(chosen):
+        if merged is not None:
+            pruned.x[b, start:start + n] = merged.to(pruned.x.dtype)
+    return pruned
+
+
+def choose(view: "View", method: str, n: int) -> tuple[Tensor, Tensor | None]:
+    """Indices (n,) of the method, and the rows (n, C) to put there if it merges. None and all need no method."""
+    V = view.visual[1]
+    if n in (0, V):
+        return torch.arange(n), None
+    check_method(method, view.layer)
+    chosen = METHODS[method](view, n)
+    idx, merged = chosen if isinstance(chosen, tuple) else (chosen, None)
+    assert idx.shape == (n,) and (idx.diff() > 0).all(), f"{method} chose {idx.tolist()}, want {n} ascending of {V}"
+    return idx.cpu(), merged
+
+
+def prefill(model, stream: Stream, schedule: list, seed: int = 0, positions: str = "keep") -> Stream:
+    """All layers under a schedule from `parse_schedule` -> Stream past the last layer."""
+    N = stream.visual[1]
+    for layer, method, amount in schedule:
+        stream = prune(model, model.run(stream, stop=layer), method, count(amount, N), seed, positions=positions)
+    return model.run(stream)
+
+
+# ---- what a method sees -----------------------------------------------------------------------------------------
+
+@dataclass
+class View:
+    """What a method may look at, of one variant at the input of `layer`; plain tensors, so one can be built by hand."""
+    layer: int
+    visual: tuple[int, int]                             # first visual row and V
+    x: Tensor                                           # (T, C) hidden states
+    embeds: Tensor | None = None                        # (T at first, C) input embeddings of the whole prompt
+    embeds_visual: tuple[int, int] | None = None        # first visual row and N, in embeds
+    keys: Tensor | None = None                          # (T, G*D) keys of layer-1, after rotary
+    attention: Callable[[Tensor], Tensor] | None = None  # rows (R,) -> (H, R, T) probabilities in layer-1, float32
+    normed: Callable[[], Tensor] | None = None          # -> (T, C) the model's final norm of x
+    saliency: Tensor | None = None                      # (V,)
+    grid: tuple[int, int] | None = None
+    origin: Tensor | None = None                        # (V,)
+    info: Tensor | None = None                          # (V,) measured information
+    rng: torch.Generator | None = None                  # on the CPU
+
+    @property
+    def x_visual(self) -> Tensor:
+        """(V, C) float32: every method selects in float32, bfloat16 changes the sets."""
+        start, V = self.visual
+        return self.x[start:start + V].float()
+
+
+def view_of(model, stream: Stream, b: int, seed: int, info: Tensor | None) -> View:
+    start, V = stream.visual
+    origin = stream.origin[min(b, len(stream.origin) - 1)]
+    rng = torch.Generator().manual_seed(seed + 1_000_003 * stream.layer)     # stages of one schedule draw apart
+    view = View(stream.layer, stream.visual, stream.x[b], stream.embeds, (start, stream.grid[0] * stream.grid[1]),
+                normed=lambda: model.final_norm(stream.x[b]), saliency=stream.saliency[origin], grid=stream.grid,
+                origin=origin, info=None if info is None else info.to(origin.device)[origin], rng=rng)
+    if stream.queries is not None:
+        q, k = stream.queries[b], stream.cache[stream.layer - 1][0][b]       # (H, T, D), (G, T, D)
+        view.keys = k.transpose(0, 1).flatten(1)
+        view.attention = lambda rows: attention(q, k, rows)
+    return view
+
+
+def attention(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    """Causal attention probabilities of the given rows alone, (H, R, T) float32: no attention matrix is ever kept."""
+    k = k.float().repeat_interleave(len(q) // len(k), 0)                     # grouped: key head j serves H/G queries
+    scores = q[:, rows].float() @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+    later = torch.arange(k.shape[1], device=k.device) > torch.as_tensor(rows, device=k.device)[:, None]
+    return scores.masked_fill(later, -torch.inf).softmax(-1)
+
+
+# ---- methods ----------------------------------------------------------------------------------------------------
+
+def random(view: View, n: int) -> Tensor:
+    """Uniform without replacement: the baseline that no method beats past the information horizon."""
+    return torch.randperm(view.visual[1], generator=view.rng)[:n].sort().values
+
+
+def fastv(view: View, n: int) -> Tensor:
+    """FastV (ECCV 2024, arXiv 2403.06764): attention of the last prompt token in layer-1, mean over heads.
+
+    The paper averages over all later tokens; the authors' code reads the last row alone, and so do we.
+    """
+    start, V = view.visual
+    last = torch.tensor([len(view.x) - 1])
+    return top(view.attention(last)[:, 0, start:start + V].mean(0), n)
+
+
+def sparsevlm(view: View, n: int) -> tuple[Tensor, Tensor]:
+    """SparseVLM (ICML 2025, arXiv 2410.04417), code v1.5: text raters score, and the best of the rest are merged.
+
+    The budget counts the merged tokens, n = k + c. Where n is too small for that, the n best are kept, none merged.
+    """
+    (first, N), (start, V) = view.embeds_visual, view.visual
+    image, text = view.embeds[first:first + N].float(), view.embeds[first + N:].float()
+    m = (image @ text.T).softmax(1).mean(0)                                  # (text,) how visual each text token is
+    raters = (m > m.mean()).nonzero()[:, 0] if (m > m.mean()).any() else torch.arange(len(text))
+    score = view.attention(start + V + raters)[:, :, start:start + V].mean((0, 1))
+    order = score.argsort(descending=True, stable=True)
+
+    def merging(k):                                                          # how many of the V - k others go into how many
+        t = int(0.3 * (V - k)) + 1
+        return t, int(t / 10) + 1
+    fitting = [k for k in range(n) if k + merging(k)[1] <= n]
+    if not fitting:
+        return top(score, n), None
+    k = max(fitting)
+    t, c = merging(k)
+    recycled = order[k:k + t]
+    centers, means = cluster(view.x_visual[recycled], c)
+    rows = view.x_visual.clone()
+    rows[recycled[centers]] = means                                          # a merged token sits where its center sat
+    idx = torch.cat([order[:k], recycled[centers]]).sort().values
+    return idx, rows[idx]
+
+
+def cluster(x: Tensor, c: int) -> tuple[Tensor, Tensor]:
+    """DPC-kNN, as SparseVLM's code has it: (t, C) rows -> indices of the c centers, and the mean (c, C) of each cluster."""
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") * x.shape[1] ** -0.5
+    density = (-distance.topk(c, largest=False).values.square().mean(1)).exp()              # itself is one of the nearest
+    denser = density[None] > density[:, None]
+    separation = distance.masked_fill(~denser, torch.inf).amin(1)                           # to the nearest denser row
+    separation = torch.where(denser.any(1), separation, distance.max())
+    centers = (density * separation).argsort(descending=True, stable=True)[:c]
+    member = distance[:, centers].argmin(1)
+    member[centers] = torch.arange(c, device=x.device)
+    return centers, torch.stack([x[member == i].mean(0) for i in range(c)])
+
+
+def dart(view: View, n: int) -> Tensor:
+    """DART (EMNLP 2025, arXiv 2502.11494): 4 image and 4 text pivots of the largest key norms; keep what is least like them.
+
+    Pivots take turns image before text, each by rank; the authors' order is that of a Python set, an accident.
+    """
+    start, V = view.visual
+    norm = view.keys.float().abs().sum(1)                                                   # L1, all heads
+    image = norm[start:start + V].argsort(descending=True, stable=True)[:4]
+    text = norm[start + V:].argsort(descending=True, stable=True)[:4]
+    if n <= len(image):
+        return image[:n].sort().values
+    h = F.normalize(view.normed().float(), dim=1)
+    similarity = h[start:start + V] @ h[torch.cat([start + image, start + V + text])].T     # (V, 8)
+    return least_similar_in_turn(similarity, image, n)
+
+
+def least_similar_in_turn(similarity: Tensor, kept: Tensor, n: int) -> Tensor:
+    """Each pivot (column) in turn adds an equal share of the n: the rows not yet kept that are least similar to it."""
+    share, rest = divmod(n - len(kept), similarity.shape[1])
+    taken = torch.zeros(len(similarity), dtype=torch.bool, device=similarity.device)
+    taken[kept] = True
+    for i, column in enumerate(similarity.T):
+        order = column.masked_fill(taken, torch.inf).argsort(stable=True)
+        taken[order[:share + (i < rest)]] = True
+    return taken.nonzero()[:, 0]
+
+
+def divprune(view: View, n: int) -> Tensor:
+    """DivPrune (CVPR 2025, arXiv 2503.02175): farthest-point sampling under cosine distance.
+
+    A token once picked is never picked again; the authors' code repeats duplicates.
+    """
+    f = F.normalize(view.x_visual, dim=1)
+    distance = 1 - f @ f.T                                                                  # (V, V)
+    nearest = distance.clone().fill_diagonal_(torch.inf).amin(1)
+    picked = [nearest.argmax()]
+    nearest = distance[picked[0]].clone()
+    while len(picked) < n:
+        nearest[picked[-1]] = -torch.inf
+        picked.append(nearest.argmax())
+        nearest = torch.minimum(nearest, distance[picked[-1]])
+    return torch.stack(picked).sort().values
+
+
+def scope(view: View, n: int) -> Tensor:
+    """SCOPE (NeurIPS 2025): greedy; a token gains what it adds to the coverage of all tokens, times its saliency."""
+    f = F.normalize(view.x_visual, dim=1)
+    similarity, saliency = f @ f.T, view.saliency.float()
+    covered = torch.zeros_like(saliency)
+    free = torch.ones_like(saliency, dtype=torch.bool)
+    for _ in range(n):
+        gain = (similarity - covered[:, None]).clamp(min=0).sum(0) * saliency
+        pick = gain.masked_fill(~free, -torch.inf).argmax()
+        free[pick] = False
+        covered = torch.maximum(covered, similarity[:, pick])
+    return (~free).nonzero()[:, 0]
+
+
+def info(view: View, n: int) -> Tensor:
+    """The paper's oracle: the tokens of the highest measured information at this layer. Needs the gold answer."""
+    if view.info is None:
+        raise InputError("info is an oracle: it needs information measured with the gold answer, which only an evaluation has")
+    return top(view.info, n)
+
+
+def top(score: Tensor, n: int) -> Tensor:
+    """Ascending indices of the n highest, ties to the lowest index."""
+    return score.argsort(descending=True, stable=True)[:n].sort().values
+
+
+METHODS = {"random": random, "fastv": fastv, "sparsevlm": sparsevlm, "dart": dart, "divprune": divprune, "scope": scope,
+           "info": info}
+NEED_A_LAYER = {"fastv", "sparsevlm", "dart"}           # they read attention or keys of the layer before
+
+
+# ---- information ------------------------------------------------------------------------------------------------
+
+def information(model, image, question: str, answer: str, layers: list[int], window: int = 2) -> Tensor:
+    """Token information of one question, (len(layers), rows, cols) float32, signed; see `keep_one`."""
+    stream = model.begin(image, question)
+    full = model.run(stream)
+    maps = {}
+    for layer in sorted(set(layers)):
+        stream = model.run(stream, stop=layer)
+        maps[layer] = keep_one(model, stream, full, model.answer_id(answer), window)
+    return torch.stack([maps[layer] for layer in layers])
+
+
+def keep_one(model, stream: Stream, full: Stream, answer_id: int, window: int = 2) -> Tensor:
+    """I(w) = P(y1 | only w) - P(y1 | none), (rows, cols) float32 in windows: keep-one, as the paper's code computes it.
+
+    Of the visual tokens only those of w are left from the input of stream.layer on; y1 is the first token of the gold
+    answer, P a softmax over the whole vocabulary at the last prompt row. stream and full are the unpruned run, at that
+    layer and past the last one. All windows of a size are one batch, and rows before the image are never computed
+    again: no visual token can reach them, so their keys and values are those of the unpruned run.
+    """
+    (start, V), (rows, cols) = stream.visual, stream.grid
+    cache = [None if layer < stream.layer else (k[:, :, :start], v[:, :, :start]) for layer, (k, v) in enumerate(full.cache)]
+    after = replace(stream, x=stream.x[:, start:], pos=stream.pos[..., start:], visual=(0, V), cache=cache)
+
+    def probability(idx):                                                    # (B, n) -> (B,)
+        return model.logits(model.run(keep(after, idx))).softmax(-1)[:, answer_id]
+    none = probability(torch.zeros(1, 0, dtype=torch.long))
+    token = torch.arange(V).view(rows, cols)
+    windows = [token[r:r + window, c:c + window].flatten() for r in range(0, rows, window) for c in range(0, cols, window)]
+    found = torch.zeros(len(windows))
+    for size in {len(w) for w in windows}:                                   # windows at the edges are smaller
+        same = [i for i, w in enumerate(windows) if len(w) == size]
+        found[same] = (probability(torch.stack([windows[i] for i in same])) - none).cpu()
+    return found.view(-(-rows // window), -(-cols // window))
+
+
+def per_token(windows: Tensor, grid: tuple[int, int], window: int = 2) -> Tensor:
+    """(rows, cols) in windows -> (N,): the tokens of a window share its value."""
+    return windows.repeat_interleave(window, 0).repeat_interleave(window, 1)[:grid[0], :grid[1]].flatten()
+
+
+# ---- schedules and cost -----------------------------------------------------------------------------------------
+
+def parse_schedule(text: str) -> list[tuple[int, str, float | int]]:
+    """"divprune@0:0.5 random@20=38" -> [(0, "divprune", 0.5), (20, "random", 38)], layers ascending.
+
+    ":" gives the fraction of the N original tokens removed (float), "=" the number kept (int). Raises InputError.
+    """
+    schedule = []
+    for part in text.split():
+        match = re.fullmatch(r"(\w+)@(\d+)(?::(\d*\.?\d+)|=(\d+))", part)
+        if not match:
+            raise InputError(f"schedule part {part!r} does not parse; want method@layer:ratio or method@layer=count, "
+                             "e.g. 'dart@2=252 random@20:0.9'")
+        method, layer, ratio, number = match.groups()
+        check_method(method, int(layer))
+        if ratio and float(ratio) > 1:
+            raise InputError(f"schedule part {part!r}: ratio is {ratio}, want 0..1, the fraction removed")
+        if schedule and int(layer) <= schedule[-1][0]:
+            raise InputError(f"schedule {text!r}: layer {layer} after layer {schedule[-1][0]}; layers must ascend")
+        schedule.append((int(layer), method, float(ratio) if ratio else int(number)))
+    return schedule
+
+
+def check_method(method: str, layer: int):
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; want one of {', '.join(METHODS)}")
+    if layer == 0 and method in NEED_A_LAYER:
+        raise InputError(f"{method} reads the layer before the one it prunes at, so it cannot act at layer 0; want layer 1 or later")
+
+
+def count(amount: float | int, N: int) -> int:
+    """How many of N tokens a schedule's amount keeps: an int is that many, a float the fraction removed."""
+    return min(amount, N) if isinstance(amount, int) else round(N * (1 - amount))
+
+
+def visual_tokens(schedule: list, N: int, L: int) -> list[int]:
+    """Visual tokens at the input of each of the L layers."""
+    tokens = [N] * L
+    for layer, _, amount in schedule:
+        tokens[layer:] = [min(count(amount, N), tokens[layer])] * (L - layer)
+    return tokens
+
+
+def mean_visual_tokens(schedule: list, N: int, L: int) -> float:
+    """Mean over the L layers of the visual tokens at each layer's input: the budget that makes methods comparable."""
+    return sum(visual_tokens(schedule, N, L)) / L
+
+
+def flops(config, rows: list[int]) -> int:
+    """Prefill FLOPs of the decoder layers, two per multiply-add; config: the text config; rows at each layer's input.
+
+    Exact for grouped queries and three MLP matrices; attention counts its causal half. Vision tower and head are apart.
+    """
+    d, m = config.hidden_size, config.intermediate_size
+    d_q, d_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return sum(2 * n * d * (d_q + 2 * d_kv) + 2 * n * d_q * d + 2 * n * n * d_q + 6 * n * d * m for n in rows)
