@@ -196,9 +196,9 @@ def cluster(x: Tensor, c: int) -> tuple[Tensor, Tensor]:
     """DPC-kNN, as SparseVLM's code has it: (t, C) rows -> indices of the c centers, and the mean (c, C) of each cluster."""
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") * x.shape[1] ** -0.5
     density = (-distance.topk(c, largest=False).values.square().mean(1)).exp()              # itself is one of the nearest
-    denser = density[None] > density[:, None]
-    separation = distance.masked_fill(~denser, torch.inf).amin(1)                           # to the nearest denser row
-    separation = torch.where(denser.any(1), separation, distance.max())
+    rank = density.argsort(descending=True, stable=True).argsort()                          # mutual neighbours tie exactly: the
+    denser = rank[None] < rank[:, None]                                                     # lower index wins, not random noise
+    separation = torch.where(denser, distance, distance.max()).amin(1)                      # to the nearest denser row
     centers = (density * separation).argsort(descending=True, stable=True)[:c]
     member = distance[:, centers].argmin(1)
     member[centers] = torch.arange(c, device=x.device)
