@@ -143,9 +143,13 @@ class Llava(nn.Module):
 
     def preprocess(self, image: Image.Image, mode: str = "pad") -> Tensor:
         """PIL image -> (3, S, S) float32. `pad`: LLaVA's own evaluation; `crop`: the published processor config."""
+        return normalize(self.canvas(image, mode))
+
+    def canvas(self, image: Image.Image, mode: str = "pad") -> Image.Image:
+        """The S x S image that the visual tokens tile."""
         size = self.config.vision.image_size
         image = pad_to_square(image) if mode == "pad" else on_white(image)
-        return normalize(center_crop(resize_shortest_edge(image, size), size))
+        return center_crop(resize_shortest_edge(image, size), size)
 
     @torch.inference_mode()
     def begin(self, image: Image.Image | Tensor, question: str) -> Stream:

@@ -1,0 +1,227 @@
+"""Properties of pruning, for every method at once, on a small random LLaVA with grouped queries."""
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from samples import QUESTIONS, images
+from torch.utils.flop_counter import FlopCounterMode
+
+import model_llava
+import tokprune
+from tokprune import METHODS, NEED_A_LAYER, InputError, keep, parse_schedule, prefill, prune
+
+GOLDEN = Path(__file__).parent / "golden"
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_llava.load(GOLDEN / "llava_grouped", "cpu")
+
+
+@pytest.fixture(scope="module")
+def start(model):
+    return model.begin(images()["wide"], QUESTIONS[0])
+
+
+@pytest.fixture(scope="module")
+def info():
+    return torch.randn(16, generator=torch.Generator().manual_seed(0))
+
+
+@every_method
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 8, 15, 16])
+@pytest.mark.parametrize("duplicated", [False, True])
+def test_keeps_exactly_n_distinct_visual_tokens_in_order_and_all_text(model, start, info, method, n, duplicated):
+    first, V = start.visual
+    if duplicated:                                          # every visual token the same: distances and scores all tie
+        x = start.x.clone()
+        x[:, first:first + V] = x[:, first:first + 1]
+        start = replace(start, x=x)
+    full = model.run(start, stop=1)
+    pruned = prune(model, full, method, n, info=info)
+    assert pruned.visual == (first, n)
+    assert pruned.origin.shape == (1, n) and (pruned.origin.diff() > 0).all()
+    assert pruned.x[:, :first].equal(full.x[:, :first]) and pruned.x[:, first + n:].equal(full.x[:, first + V:])
+    assert pruned.pos[:, first:first + n].equal(first + pruned.origin)
+    if method != "sparsevlm":                               # which merges, and so changes rows
+        assert pruned.x[0, first:first + n].equal(full.x[0, first + pruned.origin[0]])
+
+
+@every_method
+def test_keeping_all_is_bitwise_the_unpruned_model(model, start, info, method):
+    stream = model.run(start, stop=1)
+    want, got = model.run(stream), model.run(prune(model, stream, method, 16, info=info))
+    assert got.x.equal(want.x) and all(a.equal(b) for x, y in zip(got.cache, want.cache) for a, b in zip(x, y))
+
+
+@every_method
+def test_same_seed_same_set_and_only_random_depends_on_it(model, start, info, method):
+    stream = model.run(start, stop=1)
+    sets = [prune(model, stream, method, 5, seed, info).origin[0].tolist() for seed in (1, 1, 2, 3, 4)]
+    assert sets[0] == sets[1]
+    assert (len({tuple(s) for s in sets}) > 1) == (method == "random")
+
+
+@every_method
+@pytest.mark.parametrize("layers", [[1], [1, 2]])
+def test_decoding_through_the_ragged_cache_equals_one_teacher_forced_pass(model, start, info, method, layers):
+    """Red if a cache, a mask or a decoding position is off after pruning; merged rows are put back as they were."""
+    stream, kept = start, []
+    for layer, n in zip(layers, (9, 4)):
+        stream = prune(model, model.run(stream, stop=layer), method, n, info=info)
+        first = stream.visual[0]
+        kept.append((stream.origin[0], stream.x[:, first:first + n]))
+    stream, logits, tokens = model.run(stream), [], []
+    for _ in range(5):
+        logits.append(model.logits(stream)[0])
+        tokens.append(logits[-1].argmax())
+        stream = model.run(model.append(stream, tokens[-1][None]))
+
+    answer = model.language_model.embed_tokens(torch.stack(tokens))[None]
+    forced = replace(start, x=torch.cat([start.x, answer], 1), pos=torch.arange(start.next_pos + 5)[None])
+    for layer, (origin, rows) in zip(layers, kept):
+        forced = model.run(forced, stop=layer)
+        forced = keep(forced, torch.isin(forced.origin[0], origin).nonzero()[:, 0])
+        forced.x[:, first:first + len(origin)] = rows
+    forced = model.run(forced)
+    want = model.lm_head(model.final_norm(forced.x[0, -6:-1]))
+    torch.testing.assert_close(torch.stack(logits), want, rtol=0, atol=1e-4)       # float32, other shapes of matrix product
+
+
+@pytest.mark.parametrize("n", [0, 1, 6])
+def test_variants_in_one_batch_equal_each_on_its_own(model, start, info, n):
+    stream = model.run(start, stop=1)
+    methods = list(METHODS)
+    batch = prune(model, model.run(prune(model, stream, methods, 9, info=info), stop=2), methods, n, info=info)
+    together = model.run(batch)
+    for b, method in enumerate(methods):
+        alone = model.run(prune(model, model.run(prune(model, stream, method, 9, info=info), stop=2), method, n, info=info))
+        assert together.origin[b].equal(alone.origin[0])
+        torch.testing.assert_close(together.x[b], alone.x[0], rtol=0, atol=1e-4)   # float32, other batch size
+    assert model.decode(together, 6) == [model.decode(model.run(prune(model, model.run(prune(
+        model, stream, m, 9, info=info), stop=2), m, n, info=info)), 6)[0] for m in methods]
+
+
+def test_pruning_leaves_the_stream_it_was_given_untouched(model, start, info):
+    stream = model.run(start, stop=1)
+    x, cache = stream.x.clone(), [None if kv is None else kv[0].clone() for kv in stream.cache]
+    for method in METHODS:
+        model.decode(model.run(prune(model, stream, method, 5, info=info)), 3)
+    assert stream.x.equal(x) and stream.layer == 1
+    assert all(a is None if b is None else a[0].equal(b) for a, b in zip(stream.cache, cache))
+
+
+def test_pruned_tokens_are_not_kept_alive_by_views(model, start):
+    """The cache after pruning owns exactly the bytes of what it holds."""
+    stream = model.run(prune(model, model.run(start, stop=1), "random", 4))
+    for layer, (k, v) in enumerate(stream.cache):
+        rows = stream.x.shape[1] if layer else start.x.shape[1]
+        assert k.shape == v.shape == (1, 2, rows, 16)
+        assert v.untyped_storage().nbytes() == k.untyped_storage().nbytes() == 2 * rows * 16 * 4
+
+
+def test_compact_positions_renumber_and_decoding_goes_on_from_the_shortened_prompt(model, start):
+    stream = prune(model, model.run(start, stop=1), "random", 4, positions="compact")
+    assert stream.pos[0].tolist() == list(range(stream.x.shape[1])) and stream.next_pos == stream.x.shape[1]
+    kept = prune(model, model.run(start, stop=1), "random", 4)
+    assert kept.next_pos == start.next_pos == start.x.shape[1]
+
+
+def test_compact_pruning_before_layer_0_is_the_model_on_a_shorter_prompt(model, start):
+    idx = torch.tensor([2, 3, 11])
+    first, V = start.visual
+    rows = [*range(first), *(first + idx).tolist(), *range(first + V, start.x.shape[1])]
+    short = replace(start, x=start.x[:, rows], pos=torch.arange(len(rows))[None], visual=(first, 3))
+    assert model.run(keep(start, idx, "compact")).x.equal(model.run(short).x)
+
+
+@every_method
+def test_methods_that_need_a_layer_say_so_at_layer_0(model, start, info, method):
+    if method in NEED_A_LAYER:
+        with pytest.raises(InputError, match="cannot act at layer 0"):
+            prune(model, start, method, 5, info=info)
+    else:
+        assert prune(model, start, method, 5, info=info).visual[1] == 5
+
+
+# ---- information ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_keep_one_information_equals_the_naive_loop(model, window):
+    """Each window its own forward pass through plain removal; windows at the edge of the 4x4 grid are smaller for 3."""
+    image, question, answer, layers = images()["tall"], QUESTIONS[1], "Yes", [0, 1, 2]
+    found = tokprune.information(model, image, question, answer, layers, window)
+    start = model.begin(image, question)
+
+    def probability(layer, tokens):
+        stream = keep(model.run(start, stop=layer), torch.tensor(tokens, dtype=torch.long))
+        return model.logits(model.run(stream)).softmax(-1)[0, model.answer_id(answer)]
+    side = -(-4 // window)
+    assert found.shape == (3, side, side)
+    for i, layer in enumerate(layers):
+        none = probability(layer, [])
+        for r in range(side):
+            for c in range(side):
+                tokens = [t for t in range(16) if t // 4 // window == r and t % 4 // window == c]
+                assert found[i, r, c].item() == pytest.approx((probability(layer, tokens) - none).item(), abs=1e-5)
+
+
+def test_tokens_of_a_window_share_its_information():
+    windows = torch.tensor([[1., 2.], [3., 4.]])
+    assert tokprune.per_token(windows, (3, 4)).view(3, 4).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4]]
+
+
+# ---- schedules and cost -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, want", [
+    ("", []), ("dart@2=252 random@20=38", [(2, "dart", 252), (20, "random", 38)]),
+    ("divprune@0:0.5 random@20:.9", [(0, "divprune", 0.5), (20, "random", 0.9)]), ("random@3:1", [(3, "random", 1.0)])])
+def test_schedules_parse(text, want):
+    assert parse_schedule(text) == want
+    assert [type(amount) for _, _, amount in parse_schedule(text)] == [type(amount) for _, _, amount in want]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("dart", "does not parse"), ("dart@2", "does not parse"), ("dart@x:0.5", "does not parse"), ("dart@2:0.5.5", "does not parse"),
+    ("dart@-1:0.5", "does not parse"), ("nothing@2:0.5", "unknown method 'nothing'"), ("dart@2:1.5", "want 0..1"),
+    ("dart@5:0.5 random@5:0.9", "must ascend"), ("dart@5:0.5 random@2:0.9", "must ascend"), ("fastv@0:0.5", "cannot act at layer 0")])
+def test_schedules_that_do_not_parse_or_ascend_are_named(text, message):
+    with pytest.raises(InputError, match=message):
+        parse_schedule(text)
+
+
+@pytest.mark.parametrize("schedule, mean", [
+    ("dart@2=252 random@20=38", 192.0), ("divprune@0=284 random@20=38", 191.75), ("dart@1=60 random@20=27", 63.75),
+    ("divprune@0=96 random@20=10", 63.75), ("dart@2=260 random@21=0", 190.4), ("dart@1=60 random@26=0", 64.9),
+    ("divprune@0=284 random@20=0", 177.5), ("divprune@0=98 random@21=0", 64.3)])
+def test_mean_visual_tokens_of_the_papers_schedules(schedule, mean):
+    """The eight of the official code on LLaVA-1.5-7B: 576 tokens, 32 layers."""
+    assert round(tokprune.mean_visual_tokens(parse_schedule(schedule), 576, 32), 2 if mean % 1 in (0, .75) else 1) == mean
+
+
+def test_prefill_under_a_schedule_keeps_what_it_says(model, start):
+    stream = prefill(model, start, parse_schedule("divprune@0:0.5 random@2=3"))
+    assert stream.visual[1] == 3 and [k.shape[2] - start.x.shape[1] + 16 for k, _ in stream.cache] == [8, 8, 3]
+
+
+def test_flops_equal_what_torch_counts(model, start):
+    """Of the linear layers exactly; torch counts the whole attention square, we its causal half."""
+    def linear(module, rows):
+        with FlopCounterMode(display=False) as counter:
+            for layer in model.language_model.layers:
+                x = torch.zeros(1, rows, 64)
+                a = layer.self_attn
+                layer.mlp(x), a.q_proj(x), a.k_proj(x), a.v_proj(x), a.o_proj(x)
+        return counter.get_total_flops()
+    rows, heads, D = start.x.shape[1], 4, 16
+    attention = 3 * 2 * rows * rows * heads * D
+    assert tokprune.flops(model.config.text, [rows] * 3) == linear(model, rows) + attention
+
+
+def test_answer_under_a_schedule_is_the_decoded_prefill(model, start):
+    schedule = parse_schedule("divprune@0=0")
+    want = model.decode(prefill(model, start, schedule), 12)[0]
+    assert model.answer(images()["wide"], QUESTIONS[0], schedule, 12) == want
+    assert want != model.answer(images()["wide"], QUESTIONS[0], max_new_tokens=12)
