@@ -463,21 +463,16 @@ def load_weights(model: Llava, path: Path, device, dtype):
     want = dict(model.named_parameters())
     found = {}
     for shard in find_shards(path):
-        try:
-            with safe_open(shard, "pt") as f:
-                for key in f.keys():
-                    name = key
-                    for pattern, new in RENAMES:
-                        name = re.sub(pattern, new, name)
-                    if name in want:
-                        found[name] = f.get_tensor(key).to(device, dtype)
-                        if found[name].shape != want[name].shape:
-                            raise InputError(f"{shard}: {key} is {list(found[name].shape)}, "
-                                             f"config.json wants {list(want[name].shape)}")
-                    elif not (re.search(IGNORED, name) or is_unused_block(model, name)):
-                        raise InputError(f"{shard}: unknown tensor {key}")
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{shard}: cannot be read as safetensors ({e})")
+        for key in open_shard(shard, lambda f: list(f.keys())):
+            name = key
+            for pattern, new in RENAMES:
+                name = re.sub(pattern, new, name)
+            if name in want:                            # opened anew for each tensor: pages already converted are let go
+                found[name] = open_shard(shard, lambda f: f.get_tensor(key)).to(device, dtype)
+                if found[name].shape != want[name].shape:
+                    raise InputError(f"{shard}: {key} is {list(found[name].shape)}, config.json wants {list(want[name].shape)}")
+            elif not (re.search(IGNORED, name) or is_unused_block(model, name)):
+                raise InputError(f"{shard}: unknown tensor {key}")
     embed, head = "language_model.embed_tokens.weight", "lm_head.weight"
     if model.config.tie_word_embeddings and (embed in found) != (head in found):
         found[embed] = found[head] = found.get(embed, found.get(head))
@@ -485,6 +480,14 @@ def load_weights(model: Llava, path: Path, device, dtype):
     if missing:
         raise InputError(f"{path}: {len(missing)} of {len(want)} tensors are missing, the first is {missing[0]}")
     model.load_state_dict(found, assign=True)
+
+
+def open_shard(shard: Path, read):
+    try:
+        with safe_open(shard, "pt") as f:
+            return read(f)
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{shard}: cannot be read as safetensors ({e})")
 
 
 def is_unused_block(model: Llava, name: str) -> bool:

@@ -137,7 +137,8 @@ def test_published_config_gets_the_defaults_it_leaves_out(tmp_path):
             c.text.num_key_value_heads, c.text.head_dim, c.text.rope_theta, c.text.rms_norm_eps, c.text.vocab_size) == \
            (4096, 11008, 32, 32, 32, 128, 1e4, 1e-5, 32064)
     assert (c.vision.hidden_size, c.vision.intermediate_size, c.vision.num_hidden_layers, c.vision.num_attention_heads,
-            c.vision.image_size, c.vision.patch_size, c.vision_blocks) == (1024, 4096, 24, 16, 336, 14, 23)
+            c.vision.image_size, c.vision.patch_size, c.vision.layer_norm_eps, c.vision_blocks) == \
+           (1024, 4096, 24, 16, 336, 14, 1e-5, 23)
     with torch.device("meta"):                              # bytes of the published index, of its 686 - 18 tensors that are used
         model = model_llava.Llava(c, None, {2})
     block = 4 * (1024 * 1024 + 1024) + 2 * 4096 * 1024 + 4096 + 1024 + 4 * 1024
