@@ -165,13 +165,15 @@ def load_benchmark(name: str, data: Path, limit: int | None, seed: int) -> list[
 @dataclass(frozen=True)
 class Cell:
     """A schedule run with one seed. The empty schedule is the unpruned model."""
-    row: str                    # the row of the table it belongs to
+    row: str                    # the name of its row in the table
     schedule: tuple
     seed: int
 
     @property
     def key(self) -> str:
-        return f"{self.row} seed {self.seed}"
+        """What its answers stand under in answers.jsonl."""
+        stages = [f"{method}@{layer}" + (f"={amount}" if isinstance(amount, int) else f":{amount}") for layer, method, amount in self.schedule]
+        return " ".join(stages + [f"seed {self.seed}"]) if stages else "unpruned"
 
 
 def answer_cells(model, question: Question, pixels, cells: list[Cell], args, clock) -> dict:
@@ -307,19 +309,20 @@ def summarise(model, benchmark: str, questions: list[Question], done: list[dict]
     """A row for each schedule, its seeds averaged: score and differences in percent, tokens, FLOPs."""
     places = {path: i for i, path in enumerate(sorted({q.image for q in questions}))}
     image = np.array([places[q.image] for q in questions])
-    scores, L = defaultdict(list), model.num_layers
+    scores, names, L = defaultdict(list), {}, model.num_layers
     for cell in cells:
-        scores[cell.row, cell.schedule].append([line["scores"][cell.key] for line in done])
-    scores = {row: 100 * np.mean(seeds, 0) for row, seeds in scores.items()}
+        names[cell.schedule] = cell.row
+        scores[cell.schedule].append([line["scores"][cell.key] for line in done])
+    scores = {schedule: 100 * np.mean(seeds, 0) for schedule, seeds in scores.items()}
     rows = []
-    for (name, schedule), s in scores.items():
-        random_row = scores.get(("random", tuple((layer, "random", amount) for layer, _, amount in schedule)))
+    for schedule, s in scores.items():
+        baseline = tuple((layer, "random", amount) for layer, _, amount in schedule)
         tokens = [visual_tokens(schedule, line["visual_tokens"], L) for line in done]
         rows.append({
-            "method": name, "layer": schedule[0][0] if schedule else None, "score": float(s.mean()),
+            "method": names[schedule], "layer": schedule[0][0] if schedule else None, "score": float(s.mean()),
             "standard_error": standard_error(s, image),
-            "minus_unpruned": paired_difference(s, scores["unpruned", ()], image) if schedule else None,
-            "minus_random": paired_difference(s, random_row, image) if name != "random" and random_row is not None else None,
+            "minus_unpruned": paired_difference(s, scores[()], image) if schedule else None,
+            "minus_random": paired_difference(s, scores[baseline], image) if baseline in scores and baseline != schedule else None,
             "kept": float(np.mean([t[-1] for t in tokens])), "mean_visual_tokens": float(np.mean(tokens)),
             "gflops": float(np.mean([flops(model.config.text, [line["text_rows"] + v for v in t])
                                      for line, t in zip(done, tokens)])) / 1e9,
@@ -490,8 +493,8 @@ def parse_cells(args, num_layers: int) -> list[Cell]:
             raise InputError(f"--{flag.replace('_', '-')}: {value}, want 1 or more")
     if args.schedule:
         schedules = [(text, parse_schedule(text)) for text in args.schedule]
-        schedules += [("random", [(layer, "random", amount) for layer, _, amount in s]) for _, s in schedules]
-        schedules = list({(name, tuple(s)): None for name, s in schedules})
+        schedules += [("random at the same layers", [(layer, "random", amount) for layer, _, amount in s]) for _, s in schedules]
+        schedules = [(name, tuple(s)) for name, s in schedules]
     else:
         try:
             ratio = float(args.ratio)
@@ -516,9 +519,12 @@ def parse_cells(args, num_layers: int) -> list[Cell]:
             check_method(method, layer)
     if args.image:
         schedules = [(name, s) for name, s in schedules if "info" not in [method for _, method, _ in s]]
-    cells = [Cell("unpruned", (), args.seed), Cell("no image", ((0, "random", 0),), args.seed)]
+    rows = {(): "unpruned", ((0, "random", 0),): "no image"}
     for name, schedule in schedules:
-        stochastic = any(method == "random" for _, method, _ in schedule) and not args.image
+        rows.setdefault(schedule, name)                 # a schedule asked for twice is run once
+    cells = []
+    for schedule, name in rows.items():
+        stochastic = any(method == "random" and amount not in (0, 1.0) for _, method, amount in schedule) and not args.image
         cells += [Cell(name, schedule, args.seed + i) for i in range(args.seeds if stochastic else 1)]
     return cells
 
@@ -569,7 +575,7 @@ def main(argv: list[str]):
     cells = parse_cells(args, model.num_layers)
     settings = {"model": str(args.model), "data": str(args.data), "device": str(weight.device), "dtype": str(weight.dtype),
                 "cells": [[c.row, [list(stage) for stage in c.schedule], c.seed] for c in cells], "limit": args.limit,
-                "max_new_tokens": args.max_new_tokens, "positions": args.positions, "image": str(args.image)}
+                "max_new_tokens": args.max_new_tokens, "positions": args.positions, "image": str(args.image) if args.image else None}
     if args.image:
         report = show_image(model, args, cells, open_folder(args, argv, settings))
     else:
@@ -579,8 +585,7 @@ def main(argv: list[str]):
             done = evaluate(model, benchmark, questions, cells, args, clock, out)
             milliseconds = time_prefill(model, questions[0], cells, args, clock)
             rows = report[benchmark] = summarise(model, benchmark, questions, done, cells)
-            schedules = dict.fromkeys((cell.row, cell.schedule) for cell in cells)
-            for row, (_, schedule) in zip(rows, schedules):
+            for row, schedule in zip(rows, dict.fromkeys(cell.schedule for cell in cells)):
                 row["prefill_ms"] = milliseconds.get(schedule)
             print_table(benchmark, rows)
         print(f"{clock.seconds['questions']:.0f} s for the questions, {clock.seconds['oracle']:.0f} s of them the oracle's measuring "

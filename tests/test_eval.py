@@ -1,10 +1,243 @@
+"""Scorers equal the official ones; the built-in model and benchmarks run end to end; bad input is one line."""
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
-import eval as E
-G = json.loads((Path(__file__).parent / "golden" / "scorers.json").read_text())
-def test_x():
-    bad=[(a,b,E.normalise(a)) for a,b in G["textvqa_normalised"] if E.normalise(a)!=b]
-    assert not bad
-    assert all(E.parse_yes_no(a)==b for a,b in G["mme_parsed"])
-    for c in G["textvqa_soft_accuracy"]:
-        assert E.soft_accuracy(c["prediction"], E.Question("", Path(), "", c["answers"]))==c["score"]
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import eval as evaluation
+from eval import BENCHMARKS, Clock, Question, main
+from tokprune import METHODS, InputError, prefill
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "tiny"
+OFFICIAL = json.loads((ROOT / "tests" / "golden" / "scorers.json").read_text())     # recorded from the official code
+
+
+# ---- scorers ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("answer, want", OFFICIAL["textvqa_normalised"])
+def test_textvqa_answers_are_normalised_as_officially(answer, want):
+    assert evaluation.normalise(answer) == want
+
+
+@pytest.mark.parametrize("case", OFFICIAL["textvqa_soft_accuracy"])
+def test_textvqa_soft_accuracy_is_the_official_one(case):
+    assert evaluation.soft_accuracy(case["prediction"], Question("0", Path(), "", case["answers"])) == case["score"]
+
+
+@pytest.mark.parametrize("answer, want", OFFICIAL["mme_parsed"])
+def test_mme_answers_are_parsed_as_officially(answer, want):
+    assert evaluation.parse_yes_no(answer) == want
+
+
+def test_gold_answer_is_the_one_most_annotators_gave():
+    assert Question("0", Path(), "", ["Acme"] * 3 + ["The acme"] + ["x"] * 3 + ["y"] * 3).gold == "acme"
+    assert Question("0", Path(), "", ["Yes"]).gold == "Yes"
+
+
+def mme(right):
+    questions = [Question(f"{g}/{i}/{j}", Path(f"{g}{i}"), "", ["Yes", "No"][j:j + 1], g)
+                 for g in evaluation.PERCEPTION + evaluation.COGNITION for i in range(4) for j in range(2)]
+    return evaluation.mme_totals(questions, np.array([right(q) for q in questions], float))
+
+
+def test_mme_totals_of_a_perfect_and_of_a_constant_model():
+    perfect, constant = mme(lambda q: 1), mme(lambda q: q.answers == ["Yes"])
+    assert (perfect["perception"], perfect["cognition"]) == (2000, 800)
+    assert (constant["perception"], constant["cognition"]) == (500, 200)
+    assert mme(lambda q: q.image.name.endswith(("0", "1")) or q.answers == ["Yes"])["subtasks"]["OCR"] == 75 + 50
+
+
+def test_standard_error_counts_images_not_questions():
+    scores, alone, pairs = np.array([0., 0, 1, 1, 1, 1]), np.arange(6), np.array([0, 0, 1, 1, 2, 2])
+    assert evaluation.standard_error(scores, alone) == pytest.approx(scores.std(ddof=1) / 6 ** 0.5)
+    assert evaluation.standard_error(scores, pairs) == pytest.approx(np.std([0, 1, 1], ddof=1) / 3 ** 0.5)
+
+
+def test_paired_interval_holds_the_mean_and_is_nothing_for_equal_scores():
+    rng = np.random.default_rng(1)
+    a, b = rng.random(200), rng.random(200)
+    mean, low, high = evaluation.paired_difference(a, b, np.arange(200))
+    spread = 1.96 * (a - b).std() / 200 ** 0.5
+    assert mean == pytest.approx((a - b).mean()) and high - low == pytest.approx(2 * spread, rel=0.1) and low < mean < high
+    assert evaluation.paired_difference(a, a, np.arange(200)) == (0, 0, 0)
+
+
+# ---- the built-in model and benchmarks --------------------------------------------------------------------------
+
+def test_builtin_benchmarks_have_the_official_layout_and_size():
+    mme, text = (load(TINY) for load, _ in BENCHMARKS.values())
+    for subtask in ("existence", "count", "position", "color", "OCR"):
+        pairs = [q for q in mme if q.group == subtask]
+        assert len({q.image for q in pairs}) >= 40 and len(pairs) == 2 * len({q.image for q in pairs})
+        assert sum(q.answers == ["Yes"] for q in pairs) == len(pairs) / 2
+    assert len(text) >= 200 and all(3 <= len(q.gold) <= 6 and len(q.answers) == 10 for q in text)
+
+
+def test_no_test_image_can_be_a_training_image():
+    """Every image holds a word, and no word is allowed in both."""
+    sys.path.insert(0, str(TINY))
+    import make
+    import random
+    words = [{text for _ in range(300) for text, _, _ in make.draw_scene(rng, test)[1]}
+             for rng, test in ((random.Random(0), True), (random.Random(1), False))]
+    assert all(words) and not words[0] & words[1]
+    assert all(make.zlib.crc32(q.gold.encode()) % 8 == 0 for q in BENCHMARKS["textvqa"][0](TINY))
+
+
+def run(capsys, *argv):
+    main([str(a) for a in argv])
+    printed = capsys.readouterr().out
+    return printed, json.loads(printed.splitlines()[-1])
+
+
+def test_builtin_model_reaches_its_bars_and_needs_the_image(capsys, tmp_path):
+    """At least 90 % of the words read, 92 % of yes and no with each subtask at 85; a coin's share and nothing without image."""
+    _, report = run(capsys, "--schedule", "random@1=0", "--out", tmp_path)
+    (full, blind, *_), (text, blind_text, *_) = report["benchmarks"]["mme"], report["benchmarks"]["textvqa"]
+    assert text["score"] >= 90 and blind_text["score"] < 2
+    assert full["score"] >= 92 and blind["score"] < 60
+    done = evaluation.read_answers(tmp_path / "answers.jsonl")
+    for subtask in full["mme"]["subtasks"]:
+        scores = [line["scores"]["unpruned"] for line in done if line["id"].startswith(subtask)]
+        assert np.mean(scores) >= 0.85, subtask
+
+
+def test_main_command_prints_every_method_and_ends_with_json(capsys, tmp_path):
+    printed, report = run(capsys, "--layer", 20, "--ratio", 0.9, "--limit", 6, "--out", tmp_path)
+    for benchmark in BENCHMARKS:
+        rows = {row["method"]: row for row in report["benchmarks"][benchmark]}
+        assert list(rows) == ["unpruned", "no image", *METHODS]
+        for method in METHODS:
+            assert rows[method]["kept"] == 6 and rows[method]["mean_visual_tokens"] == pytest.approx((20 * 64 + 4 * 6) / 24)
+            assert re.search(rf"^\| {method} \| +{rows[method]['score']:.1f} \|", printed, re.M)
+        assert rows["unpruned"]["gflops"] > rows["random"]["gflops"] > rows["no image"]["gflops"]
+        assert rows["divprune"]["minus_random"][0] == pytest.approx(rows["divprune"]["score"] - rows["random"]["score"])
+
+
+def test_a_run_goes_on_where_it_stood_and_refuses_other_settings(capsys, tmp_path, monkeypatch):
+    flags = ["--bench", "textvqa", "--method", "random", "--limit", 5, "--out", tmp_path / "a"]
+    _, want = run(capsys, *flags)
+    file = tmp_path / "a" / "answers.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:2]) + lines[2][:40])                     # killed in the middle of the third
+    asked = []
+    original = evaluation.answer_cells
+    monkeypatch.setattr(evaluation, "answer_cells", lambda model, q, *rest: asked.append(q.id) or original(model, q, *rest))
+    _, got = run(capsys, *flags)
+    assert file.read_bytes() == b"".join(lines) and len(asked) == len(lines) - 2
+    timeless = [[{k: v for k, v in row.items() if k != "prefill_ms"} for row in r["benchmarks"]["textvqa"]] for r in (want, got)]
+    assert timeless[0] == timeless[1]
+    with pytest.raises(InputError, match="other settings: positions is 'keep'"):
+        main([str(f) for f in flags] + ["--positions", "compact"])
+
+
+def test_a_sweep_gives_each_cell_what_it_gets_alone(capsys, tmp_path):
+    flags = ["--ratio", 0.8, "--limit", 6, "--seeds", 1, "--method", "random,divprune,info"]
+    printed, sweep = run(capsys, "--layer", "3,20", *flags, "--out", tmp_path / "sweep", "--plot", tmp_path / "plot.png")
+    for layer in (3, 20):
+        _, alone = run(capsys, "--layer", layer, *flags, "--out", tmp_path / str(layer))
+        for benchmark in BENCHMARKS:
+            scores = lambda report: {r["method"]: r["score"] for r in report["benchmarks"][benchmark] if r["layer"] in (layer, None)}
+            assert scores(sweep) == {k: v for k, v in scores(alone).items() if k != "no image"}
+    assert "| mme, layer | random | divprune | info |" in printed
+    assert Image.open(tmp_path / "plot.png").size[0] > 1000
+
+
+def test_the_one_loop_answers_as_each_schedule_does_on_its_own(tmp_path):
+    """Shared prefixes and batches of variants change no answer."""
+    args = evaluation.parse_arguments(["--seeds", "1", "--schedule", "divprune@0:0.5 random@12=5", "--schedule", "fastv@6=7"])
+    model = evaluation.load_model(args)
+    cells = evaluation.parse_cells(args, model.num_layers)
+    assert [cell.row for cell in cells].count("random at the same layers") == 2
+    for question in evaluation.load_benchmark("textvqa", TINY, 4, 0):
+        image = evaluation.read_image(question.image)
+        got = evaluation.answer_cells(model, question, image, cells, args, Clock(next(model.parameters()).device))
+        for cell in cells:
+            alone = prefill(model, model.begin(image, question.prompt), cell.schedule, cell.seed + question.seed)
+            assert got["answers"][cell.key] == model.decode(alone)[0]
+
+
+def test_one_picture_is_answered_with_and_without_pruning(capsys, tmp_path):
+    picture = next(iter(sorted((TINY / "textvqa" / "train_images").glob("*.jpg"))))
+    printed, report = run(capsys, "--image", picture, "--question", "How many shapes are in this image?", "--method", "divprune,random",
+                          "--out", tmp_path)
+    assert list(report["answers"]) == ["unpruned", "random@0=0 seed 0", "divprune@20:0.9 seed 0", "random@20:0.9 seed 0"]
+    assert "64 visual tokens" in printed and " 6 visual tokens" in printed
+    overlay = np.asarray(Image.open(tmp_path / "overlay.png").convert("RGB"))
+    unpruned, blind = overlay[24:248, 4:228], overlay[24:248, 236:460]
+    assert blind.mean() > unpruned.mean() + 5                                  # dimmed towards white
+
+
+# ---- bad input --------------------------------------------------------------------------------------------------
+
+def truncated(tmp_path):
+    file = tmp_path / "half.jpg"
+    whole = next((TINY / "textvqa" / "train_images").glob("*.jpg")).read_bytes()
+    file.write_bytes(whole[:len(whole) // 2])
+    return file
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--layer 24", "layer 24 is out of range; this model has layers 0 to 23"), ("--layer -1", "layer -1 is out of range"),
+    ("--layer x", "--layer x"), ("--layer 1.5", "--layer 1.5"), ("--ratio 1.1", "--ratio: 1.1, want 0 to 1"),
+    ("--ratio nan", "--ratio: nan"), ("--ratio x", "--ratio x"), ("--method magic", "unknown method 'magic'; want one of random, fastv"),
+    ("--bench vqa", "unknown benchmark 'vqa'; want one of mme, textvqa"), ("--device tpu", "--device tpu"),
+    ("--device cuda:99", "--device cuda:99"), ("--model nowhere", "--model nowhere: no such folder"), ("--data nowhere", "--data nowhere"),
+    ("--model tests", "config.json: not found"), ("--schedule dart@2", "does not parse"), ("--schedule fastv@0:0.5", "cannot act at layer 0"),
+    ("--schedule random@99=1", "layer 99 is out of range"), ("--method fastv --layer 0", "fastv reads the layer before"),
+    ("--limit 0", "--limit: 0, want 1 or more"), ("--seeds 0", "--seeds: 0"), ("--max-new-tokens 0", "--max-new-tokens: 0"),
+    ("--image nowhere.png --question x", "nowhere.png"), ("--image README.md --question x", "cannot be read as an image"),
+    ("--image TRUNCATED --question x", "half.jpg: cannot be read as an image"), ("--question x", "--image and --question go together"),
+    ("--dtype int3", "--dtype"), ("--nonsense", "--nonsense"), ("--out README.md", "--out README.md: cannot be written")])
+def test_bad_input_is_one_line_that_names_it(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    argv = argv.replace("TRUNCATED", str(truncated(tmp_path)))
+    flags = argv.split() if "--schedule" not in argv else ["--schedule", argv.split(maxsplit=1)[1]]
+    with pytest.raises(InputError, match=re.escape(message)) as e:
+        main(flags + ([] if "--out" in argv else ["--out", str(tmp_path)]))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda d: (d / "OCR" / "0001.jpg").unlink(), "0001.txt: no image 0001.jpg"),
+    (lambda d: (d / "OCR" / "0001.txt").write_text("Is it? Yes\n"), "0001.txt, line 1: 'Is it? Yes', want question<TAB>Yes"),
+    (lambda d: (d / "train_images" / "1.jpg").unlink(), "1.jpg: not found; question 0 of textvqa"),
+    (lambda d: (d / "TextVQA_0.5.1_val.json").write_text("{"), "not valid JSON"),
+    (lambda d: (d / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [
+        {"question": "?", "question_id": 7, "image_id": "1", "answers": ["a"]}]})), "question 7 has 1 answers, want 10")])
+def test_wrong_data_is_named(change, message, tmp_path):
+    (tmp_path / "OCR").mkdir()
+    (tmp_path / "train_images").mkdir()
+    for image in ("OCR/0001.jpg", "train_images/1.jpg"):
+        Image.new("RGB", (20, 20)).save(tmp_path / image)
+    (tmp_path / "OCR" / "0001.txt").write_text("Is it? Please answer yes or no.\tYes\n\nIs it not?  Please answer yes or no.\tNo \n")
+    (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [
+        {"question": "WHAT?", "question_id": 0, "image_id": "1", "answers": ["a"] * 10}]}))
+    load = lambda: [evaluation.load_benchmark(name, tmp_path, None, 0) for name in BENCHMARKS]
+    assert [[q.prompt for q in questions] for questions in load()] == [["Is it?" + evaluation.SHORT, "Is it not?" + evaluation.SHORT],
+                                                                       ["What?" + evaluation.SHORT]]
+    change(tmp_path)
+    with pytest.raises(InputError, match=re.escape(message)):
+        load()
+
+
+def test_error_leaves_with_code_2_and_no_traceback():
+    done = subprocess.run([sys.executable, "eval.py", "--layer", "99"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "eval.py: error: layer 99 is out of range; this model has layers 0 to 23\n"
+
+
+# ---- README -----------------------------------------------------------------------------------------------------
+
+def test_every_command_in_the_readme_parses():
+    commands = re.findall(r"^python eval\.py (.*?)(?:  +#.*)?$", (ROOT / "README.md").read_text(), re.M)
+    assert len(commands) >= 4
+    for command in commands:
+        import shlex
+        evaluation.parse_arguments(shlex.split(command))
