@@ -26,7 +26,7 @@ from tokprune import (METHODS, NEED_A_LAYER, InputError, check_method, count, fl
                       per_token, prefill, prune, visual_tokens)
 
 HERE = Path(__file__).resolve().parent
-MODELS = {"llava": model_llava}                         # config.json's model_type -> the file that implements it
+MODELS = {"llava": model_llava, "llava_llama": model_llava}                         # config.json's model_type -> the file that implements it
 
 
 # ---- benchmarks -------------------------------------------------------------------------------------------------
@@ -49,7 +49,8 @@ class Question:
         """The answer whose information is measured: the best-scoring of the normalised ten, or Yes or No."""
         if len(self.answers) == 1:
             return self.answers[0]
-        return max(map(normalise, self.answers), key=lambda a: soft_accuracy(a, self))
+        normalised = [a for a in map(normalise, self.answers) if a]        # nothing is left of "A" or "-"
+        return max(normalised, key=lambda a: soft_accuracy(a, self), default=self.answers[0].lower())
 
 
 SHORT = "\nAnswer the question using a single word or phrase."          # LLaVA's evaluation prompt for MME and TextVQA
@@ -59,22 +60,28 @@ COGNITION = "commonsense_reasoning numerical_calculation text_translation code_r
 
 def load_mme(root: Path) -> list[Question]:
     """The official folders (arXiv 2306.13394): a subtask each, a text of two lines beside an image or in its own folder."""
-    folders = [f for f in sorted(root.rglob("*")) if f.is_dir() and f.name in PERCEPTION + COGNITION and "__MACOSX" not in f.parts]
     questions = []
-    for folder in folders:
-        images = {p.stem: p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png")}
-        for file in sorted(folder.rglob("*.txt")):
+    for folder in sorted(f for f in root.rglob("*") if f.is_dir() and f.name in PERCEPTION + COGNITION and "__MACOSX" not in f.parts):
+        files = [f for f in sorted(folder.rglob("*")) if not f.name.startswith(".")]
+        images = {f.stem: f for f in files if f.suffix.lower() in (".jpg", ".jpeg", ".png")}
+        for file in (f for f in files if f.suffix == ".txt"):
             if file.stem not in images:
-                raise InputError(f"{file}: no image {file.stem}.jpg or .png beside it")
-            lines = [line.rstrip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
-            for i, line in enumerate(lines):
-                question, tab, answer = line.partition("\t")
-                if not tab or answer.strip() not in ("Yes", "No"):
-                    raise InputError(f"{file}, line {i + 1}: {line!r}, want question<TAB>Yes or question<TAB>No")
-                questions.append(Question(f"{folder.name}/{file.stem}/{i}", images[file.stem],
-                                          question.removesuffix("Please answer yes or no.").rstrip() + SHORT,
-                                          [answer.strip()], folder.name))
+                raise InputError(f"{file}: no image {file.stem}.jpg or .png with it")
+            lines = [line.strip() for line in read_text(file).split("\n") if line.strip()]
+            pairs = [[part.strip() for part in line.split("\t")] for line in lines]
+            if sorted(pair[-1] for pair in pairs) != ["No", "Yes"] or any(len(pair) != 2 for pair in pairs):
+                raise InputError(f"{file}: holds {lines}, want two lines, question<TAB>Yes and question<TAB>No")
+            questions += [Question(f"{folder.name}/{file.stem}/{i}", images[file.stem],
+                                   question.removesuffix("Please answer yes or no.").rstrip() + SHORT, [answer], folder.name)
+                          for i, (question, answer) in enumerate(pairs)]
     return questions
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{file}: not UTF-8 ({e.reason} at byte {e.start})")
 
 
 def parse_yes_no(answer: str) -> str:
@@ -97,12 +104,17 @@ def load_textvqa(root: Path) -> list[Question]:
     images = next((f for f in (file.parent / "train_images", *sorted(root.rglob("train_images"))) if f.is_dir()), None)
     if images is None:
         raise InputError(f"{root}: {file.name} is here, its folder train_images is not")
-    questions = []
-    for entry in model_llava.read_json(file).get("data", []):
-        if len(entry["answers"]) != 10:
-            raise InputError(f"{file}: question {entry['question_id']} has {len(entry['answers'])} answers, want 10")
+    data, questions = model_llava.read_json(file).get("data"), []
+    if not isinstance(data, list):
+        raise InputError(f"{file}: data is {data!r}, want a list of questions")
+    for entry in data:
+        answers = entry.get("answers") if isinstance(entry, dict) else None
+        if not isinstance(answers, list) or len(answers) != 10 or not all(isinstance(a, str) for a in answers):
+            raise InputError(f"{file}: {json.dumps(entry)[:100]}: want a question with a list of ten answers")
+        if not isinstance(entry.get("question"), str) or not {"question_id", "image_id"} <= entry.keys():
+            raise InputError(f"{file}: {json.dumps(entry)[:100]}: want question, question_id and image_id")
         questions.append(Question(str(entry["question_id"]), images / f"{entry['image_id']}.jpg",
-                                  entry["question"].capitalize() + SHORT, entry["answers"]))
+                                  entry["question"].capitalize() + SHORT, answers))
     return questions
 
 
@@ -128,9 +140,8 @@ def normalise(answer: str) -> str:
     """The official answer normaliser of TextVQA (mmf, EvalAIAnswerProcessor), its quirks included."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = seen = text.replace("\n", " ").replace("\t", " ").strip()
-    for mark in ';/[]"{}()=+\\_-><@`,?!':
-        alone = f"{mark} " in seen or f" {mark}" in seen or re.search(r"\d,\d", seen)
-        text = text.replace(mark, "" if alone else " ")
+    for mark in ';/[]"{}()=+\\_-><@`!':
+        text = text.replace(mark, "" if f"{mark} " in seen or f" {mark}" in seen else " ")
     text = re.sub(r"\.(?!\d)", "", text, count=32)
     words = [NUMBERS.get(w, w) for w in text.split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ARTICLES)
@@ -144,9 +155,12 @@ def load_benchmark(name: str, data: Path, limit: int | None, seed: int) -> list[
     questions = BENCHMARKS[name][0](data)
     if not questions:
         raise InputError(f"--data {data}: no {name} found in it")
-    missing = next((q for q in questions if not q.image.exists()), None)
-    if missing:
-        raise InputError(f"{missing.image}: not found; question {missing.id} of {name} is about it")
+    first = {}
+    for question in questions:
+        if first.setdefault(question.id, question) is not question:
+            raise InputError(f"{name}: question {question.id} is there twice, about {first[question.id].image} and {question.image}")
+        if not question.image.exists():
+            raise InputError(f"{question.image}: not found; question {question.id} of {name} is about it")
     if limit is None or limit >= len(questions):
         return questions
     images = sorted({q.image for q in questions})
@@ -164,34 +178,41 @@ def load_benchmark(name: str, data: Path, limit: int | None, seed: int) -> list[
 
 @dataclass(frozen=True)
 class Cell:
-    """A schedule run with one seed. The empty schedule is the unpruned model."""
+    """A schedule run with one seed."""
     row: str                    # the name of its row in the table
     schedule: tuple
     seed: int
 
     @property
+    def spec(self) -> str:
+        """The schedule as it is written on the command line; the unpruned model's is empty."""
+        return " ".join(f"{method}@{layer}" + (f"={amount}" if isinstance(amount, int) else f":{amount}")
+                        for layer, method, amount in self.schedule)
+
+    @property
     def key(self) -> str:
         """What its answers stand under in answers.jsonl."""
-        stages = [f"{method}@{layer}" + (f"={amount}" if isinstance(amount, int) else f":{amount}") for layer, method, amount in self.schedule]
-        return " ".join(stages + [f"seed {self.seed}"]) if stages else "unpruned"
+        return f"{self.spec} seed {self.seed}" if self.schedule else "unpruned"
 
 
-def answer_cells(model, question: Question, pixels, cells: list[Cell], args, clock) -> dict:
-    """The answer of every cell to one question, and how many visual and text rows its prompt has.
+def answer_cells(model, question: Question, image, cells: list[Cell], args) -> dict:
+    """The answer of every cell to one question; visual and text rows of its prompt; milliseconds, of all and of the oracle.
 
     The unpruned stream runs once; at each layer where a schedule begins, pruned copies of it go through the rest. Cells
     that keep equally many tokens at the same layers are one batch of variants.
     """
-    stream = model.begin(pixels, question.prompt)
+    began = now(model)
+    stream = model.begin(image, question.prompt)
     N = stream.visual[1]
     stages = [stage for cell in cells for stage in cell.schedule]
     at, s = {}, stream
     for layer in sorted({layer for layer, _, _ in stages}):
         s = at[layer] = model.run(s, stop=layer)
     full = model.run(s)
-    with clock("oracle"):
-        oracle = {layer: per_token(keep_one(model, at[layer], full, model.answer_id(question.gold)), full.grid)
-                  for layer in {layer for layer, method, _ in stages if method == "info"}}
+    measuring = now(model)
+    oracle = {layer: per_token(keep_one(model, at[layer], full, model.answer_id(question.gold), WINDOW), full.grid, WINDOW)
+              for layer in {layer for layer, method, _ in stages if method == "info"}}
+    measured = now(model)
     batches = defaultdict(list)
     for cell in cells:
         batches[tuple((layer, count(amount, N)) for layer, _, amount in cell.schedule)].append(cell)
@@ -202,19 +223,29 @@ def answer_cells(model, question: Question, pixels, cells: list[Cell], args, clo
             s = prune(model, model.run(s, stop=layer), [cell.schedule[i][1] for cell in batch], n,
                       [cell.seed + question.seed for cell in batch], oracle.get(layer), args.positions)
         answers |= dict(zip([cell.key for cell in batch], model.decode(model.run(s), args.max_new_tokens)))
-    return {"answers": answers, "visual_tokens": N, "text_rows": stream.x.shape[1] - N}
+    return {"answers": answers, "visual_tokens": N, "text_rows": stream.x.shape[1] - N,
+            "ms": round(now(model) - began, 1), "oracle_ms": round(measured - measuring, 1)}
 
 
-def evaluate(model, benchmark: str, questions: list[Question], cells: list[Cell], args, clock, out: Path) -> list[dict]:
+WINDOW = 2                      # information is measured in windows of 2x2 tokens, as in the paper
+
+
+def now(model) -> float:
+    """Milliseconds, with the device's queue emptied."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1000 * time.perf_counter()
+
+
+def evaluate(model, benchmark: str, questions: list[Question], cells: list[Cell], args, out: Path) -> list[dict]:
     """Every question in every cell, a line each appended to out/answers.jsonl as it comes; what stands there is not asked again."""
     file, score = out / "answers.jsonl", BENCHMARKS[benchmark][1]
-    done = {line["id"]: line for line in read_answers(file) if line["benchmark"] == benchmark}
+    done = {line["id"]: line for line in read_answers(file) if line.get("benchmark") == benchmark}
     started, asked, right = time.time(), 0, 0.0
     with file.open("a", encoding="utf-8") as f:
         for i, question in enumerate(questions, 1):
             if question.id not in done:
-                with clock("questions"):
-                    line = answer_cells(model, question, model.preprocess(read_image(question.image)), cells, args, clock)
+                line = answer_cells(model, question, read_image(question.image), cells, args)
                 scores = {key: score(answer, question) for key, answer in line["answers"].items()}
                 done[question.id] = {"benchmark": benchmark, "id": question.id, **line, "scores": scores}
                 f.write(json.dumps(done[question.id], ensure_ascii=False) + "\n")
@@ -230,43 +261,24 @@ def read_answers(file: Path) -> list[dict]:
     """The lines of an earlier run; a half-written last one is cut off, so that its question is asked again."""
     if not file.exists():
         return []
-    whole = file.read_bytes()
-    whole = whole[:whole.rfind(b"\n") + 1]
-    with file.open("r+b") as f:
-        f.truncate(len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    try:
+        whole = file.read_bytes()
+        end = whole.rfind(b"\n") + 1
+        if end < len(whole):
+            with file.open("r+b") as f:
+                f.truncate(end)
+        return [json.loads(line) for line in whole[:end].split(b"\n")[:-1]]
+    except (OSError, ValueError) as e:
+        raise InputError(f"{file}: cannot be read as the answers of an earlier run ({e})")
 
 
 def read_image(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-    except OSError as e:                                # Pillow's own errors are OSErrors too
+    except Exception as e:                              # Pillow raises OSError, ValueError, SyntaxError, TypeError and its own
         raise InputError(f"{path}: cannot be read as an image ({e})")
     return image
-
-
-class Clock:
-    """Seconds spent under each name, the device's queue included."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds, self.open = device, defaultdict(float), []
-
-    def __call__(self, name: str):
-        self.open.append([name, 0.0])
-        return self
-
-    def __enter__(self):
-        self.open[-1][1] = self.now()
-
-    def __exit__(self, *_):
-        name, start = self.open.pop()
-        self.seconds[name] += self.now() - start
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 def progress(line: str):
@@ -292,69 +304,70 @@ def paired_difference(scores: np.ndarray, other: np.ndarray, image: np.ndarray) 
 
 
 def mme_totals(questions: list[Question], scores: np.ndarray) -> dict:
-    """100 (acc + acc+) of each subtask, and their sums; acc+ counts images with both questions right."""
+    """100 (acc + acc+) of each subtask and their sums, of scores 0 or 1; acc+ counts images with both questions right."""
     subtasks = {}
     for group in sorted({q.group for q in questions}):
         pairs = defaultdict(list)
         for q, s in zip(questions, scores):
             if q.group == group:
                 pairs[q.image].append(s)
-        right = [s for pair in pairs.values() for s in pair]
-        subtasks[group] = 100 * (sum(right) / len(right) + np.mean([min(pair) for pair in pairs.values()]))
-    return {"perception": float(sum(v for k, v in subtasks.items() if k in PERCEPTION)),
-            "cognition": float(sum(v for k, v in subtasks.items() if k in COGNITION)), "subtasks": subtasks}
+        acc = np.mean([s for pair in pairs.values() for s in pair])
+        subtasks[group] = 100 * float(acc + np.mean([min(pair) for pair in pairs.values()]))
+    return {"perception": sum(v for k, v in subtasks.items() if k in PERCEPTION),
+            "cognition": sum(v for k, v in subtasks.items() if k in COGNITION)} | subtasks
 
 
 def summarise(model, benchmark: str, questions: list[Question], done: list[dict], cells: list[Cell]) -> list[dict]:
     """A row for each schedule, its seeds averaged: score and differences in percent, tokens, FLOPs."""
     places = {path: i for i, path in enumerate(sorted({q.image for q in questions}))}
     image = np.array([places[q.image] for q in questions])
-    scores, names, L = defaultdict(list), {}, model.num_layers
+    seeds = defaultdict(list)
     for cell in cells:
-        names[cell.schedule] = cell.row
-        scores[cell.schedule].append([line["scores"][cell.key] for line in done])
-    scores = {schedule: 100 * np.mean(seeds, 0) for schedule, seeds in scores.items()}
+        seeds[cell.spec].append([line["scores"][cell.key] for line in done])
+    scores = {spec: 100 * np.mean(runs, 0) for spec, runs in seeds.items()}
     rows = []
-    for schedule, s in scores.items():
-        baseline = tuple((layer, "random", amount) for layer, _, amount in schedule)
-        tokens = [visual_tokens(schedule, line["visual_tokens"], L) for line in done]
+    for spec, cell in {cell.spec: cell for cell in cells}.items():
+        s, schedule = scores[spec], cell.schedule
+        baseline = Cell("", tuple((layer, "random", amount) for layer, _, amount in schedule), 0).spec
+        tokens = [visual_tokens(schedule, line["visual_tokens"], model.num_layers) for line in done]
+        totals = [mme_totals(questions, run) for run in seeds[spec]] if benchmark == "mme" else []
         rows.append({
-            "method": names[schedule], "layer": schedule[0][0] if schedule else None, "score": float(s.mean()),
-            "standard_error": standard_error(s, image),
-            "minus_unpruned": paired_difference(s, scores[()], image) if schedule else None,
-            "minus_random": paired_difference(s, scores[baseline], image) if baseline in scores and baseline != schedule else None,
+            "method": cell.row, "schedule": spec, "layer": schedule[0][0] if schedule else None, "score": float(s.mean()),
+            "standard_error": standard_error(s, image), "seeds": len(seeds[spec]),
+            "minus_unpruned": paired_difference(s, scores[""], image) if spec else None,
+            "minus_random": paired_difference(s, scores[baseline], image) if baseline in scores and baseline != spec else None,
             "kept": float(np.mean([t[-1] for t in tokens])), "mean_visual_tokens": float(np.mean(tokens)),
             "gflops": float(np.mean([flops(model.config.text, [line["text_rows"] + v for v in t])
                                      for line, t in zip(done, tokens)])) / 1e9,
-            **({"mme": mme_totals(questions, s / 100)} if benchmark == "mme" else {})})
+            **({"mme": {k: float(np.mean([t[k] for t in totals])) for k in totals[0]}} if totals else {})})
     return rows
 
 
-def time_prefill(model, question: Question, cells: list[Cell], args, clock, rounds: int = 7) -> dict:
-    """Median milliseconds from the input of layer 0 to the first logits, by schedule, alone in its batch; the oracle is not timed."""
+def time_prefill(model, question: Question, cells: list[Cell], args, rounds: int = 7) -> dict:
+    """Median milliseconds from the input of layer 0 to the first logits, by spec, alone in its batch; the oracle is not timed."""
     stream = model.begin(read_image(question.image), question.prompt)
-    schedules = [s for s in dict.fromkeys(cell.schedule for cell in cells) if "info" not in [method for _, method, _ in s]]
+    schedules = {cell.spec: cell.schedule for cell in cells if "info" not in [method for _, method, _ in cell.schedule]}
     spent = defaultdict(list)
     for _ in range(rounds + 1):                         # the first round warms up
-        for schedule in schedules:
-            start = clock.now()
+        for spec, schedule in schedules.items():
+            start = now(model)
             model.logits(prefill(model, stream, schedule, positions=args.positions))
-            spent[schedule].append(1000 * (clock.now() - start))
-    return {schedule: float(np.median(ms[1:])) for schedule, ms in spent.items()}
+            spent[spec].append(now(model) - start)
+    return {spec: float(np.median(ms[1:])) for spec, ms in spent.items()}
 
 
 # ---- report -----------------------------------------------------------------------------------------------------
 
 def print_table(benchmark: str, rows: list[dict]):
     """One layer: a row a method, everything known. Several layers: a row a layer, a method a column, scores alone."""
-    layers = sorted({row["layer"] for row in rows if row["layer"] is not None and row["method"] in METHODS})
+    layers = layers_of(rows)
     if len(layers) > 1:
         methods = [m for m in METHODS if any(row["method"] == m for row in rows)]
         by = {(row["method"], row["layer"]): f"{row['score']:.1f}" for row in rows}
         for row in rows:
             if row["method"] not in METHODS:
                 print(f"{benchmark}, {row['method']}: {row['score']:.1f}")
-        print(f"\n| {benchmark}, layer | " + " | ".join(methods) + " |\n|---:" * 1 + "|---:" * len(methods) + "|")
+        print(f"\n| {benchmark}, layer | " + " | ".join(methods) + " |\n" + "|---:" * (1 + len(methods)) + "|")
         for layer in layers:
             print(f"| {layer} | " + " | ".join(by.get((m, layer), "-") for m in methods) + " |")
         print()
@@ -368,6 +381,11 @@ def print_table(benchmark: str, rows: list[dict]):
               f"{difference(row['minus_random'])} | {row['kept']:g} | {row['mean_visual_tokens']:.1f} | {row['gflops']:.3g} | "
               f"{'-' if row['prefill_ms'] is None else format(row['prefill_ms'], '.1f')} |")
     print()
+
+
+def layers_of(rows: list[dict]) -> list[int]:
+    """Where methods prune; several in a sweep. Rows of a schedule have no one layer."""
+    return sorted({row["layer"] for row in rows if row["method"] in METHODS})
 
 
 def difference(values) -> str:
@@ -386,7 +404,7 @@ def plot(report: dict, path: Path):
     draw, font, small = ImageDraw.Draw(picture), ImageFont.load_default(15), ImageFont.load_default(12)
     for panel, (benchmark, rows) in enumerate(report.items()):
         x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 110, top, height - 40
-        layers = sorted({row["layer"] for row in rows if row["method"] in METHODS})
+        layers = layers_of(rows)
         low, high = layers[0] - 0.5, layers[-1] + 0.5
 
         def place(layer, score):
@@ -417,8 +435,8 @@ def plot(report: dict, path: Path):
     picture.save(path)
 
 
-def overlay(canvas: Image.Image, panels: list[tuple[str, list[int] | None]], grid: tuple[int, int], path: Path):
-    """The image once per panel (caption, kept tokens or None for all); what was dropped is dimmed."""
+def overlay(canvas: Image.Image, panels: list[tuple[str, list[int]]], grid: tuple[int, int], path: Path):
+    """The image once per panel (caption, kept tokens); what was dropped is dimmed."""
     rows, cols = grid
     side = 224
     canvas = canvas.resize((side, round(side * canvas.height / canvas.width)), Image.BICUBIC)
@@ -427,8 +445,8 @@ def overlay(canvas: Image.Image, panels: list[tuple[str, list[int] | None]], gri
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     dim = Image.blend(canvas, Image.new("RGB", canvas.size, "white"), 0.8)
     for i, (caption, kept) in enumerate(panels):
-        panel = canvas if kept is None else dim.copy()
-        for token in kept or []:
+        panel = dim.copy()
+        for token in kept:
             r, c = divmod(token, cols)
             box = tuple(round(v) for v in (c * side / cols, r * canvas.height / rows,
                                            (c + 1) * side / cols, (r + 1) * canvas.height / rows))
@@ -439,20 +457,18 @@ def overlay(canvas: Image.Image, panels: list[tuple[str, list[int] | None]], gri
     picture.save(path)
 
 
-def show_image(model, args, cells: list[Cell], out: Path) -> dict:
+def show_image(model, image: Image.Image, args, cells: list[Cell], out: Path) -> dict:
     """One picture, one question: the answer with and without each pruning, and an overlay of what was kept."""
-    image = read_image(Path(args.image))
     stream = model.begin(image, args.question)
-    report, panels = {}, []
+    answers, panels = {}, []
     for cell in cells:
         s = prefill(model, stream, cell.schedule, cell.seed, args.positions)
-        answer = report[cell.key] = model.decode(s, args.max_new_tokens)[0]
-        kept = s.origin[0].tolist() if cell.schedule else None
-        panels.append((f"{cell.row}: {answer}", kept))
-        print(f"{cell.row:12} {s.visual[1]:5} visual tokens    {answer}")
+        answers[cell.key] = model.decode(s, args.max_new_tokens)[0]
+        panels.append((f"{cell.row}: {answers[cell.key]}", s.origin[0].tolist()))
+        print(f"{cell.row:12} {s.visual[1]:5} visual tokens    {answers[cell.key]}")
     overlay(model.canvas(image), panels, stream.grid, out / "overlay.png")
     print(f"overlay: {out / 'overlay.png'}")
-    return {"question": args.question, "answers": report}
+    return answers
 
 
 # ---- command line -----------------------------------------------------------------------------------------------
@@ -462,95 +478,129 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def parse_arguments(argv) -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The flags, each checked as far as it can be without the model. Raises InputError."""
     p = Parser(prog="eval.py", description="Scores of a vision-language model with its visual tokens pruned.")
     p.add_argument("--model", default=HERE / "tiny" / "llava", type=Path, help="checkpoint folder (default: tiny/llava)")
     p.add_argument("--data", default=HERE / "tiny", type=Path, help="folder that holds the benchmarks (default: tiny)")
     p.add_argument("--bench", default=",".join(BENCHMARKS), help="comma-separated (default: %(default)s)")
-    p.add_argument("--method", default=None, help=f"comma-separated, of {', '.join(METHODS)} (default: all)")
-    p.add_argument("--layer", default="20", help="0-based layer at whose input tokens leave: one, several as 2,10,20, or all (default: 20)")
-    p.add_argument("--ratio", default="0.9", help="fraction of the visual tokens removed, 0 to 1 (default: 0.9)")
-    p.add_argument("--schedule", action="append", metavar="S", help="instead of layer, ratio and method: 'dart@2=252 random@20:0.9'; repeatable")
+    p.add_argument("--method", help=f"comma-separated, of {', '.join(METHODS)} (default: all); random is always added")
+    p.add_argument("--layer", help="0-based, tokens leave at its input: one, several as 2,10,20, or all (default: 20)")
+    p.add_argument("--ratio", help="fraction of the visual tokens removed, 0 to 1 (default: 0.9)")
+    p.add_argument("--schedule", action="append", metavar="S", help="instead of the three: 'dart@2=252 random@20:0.9'; repeatable")
     p.add_argument("--limit", type=int, metavar="N", help="about N questions a benchmark, drawn by seed, whole images (default: all)")
     p.add_argument("--seed", type=int, default=0, help="of random pruning and of --limit (default: 0)")
     p.add_argument("--seeds", type=int, default=3, help="how many seeds random is averaged over (default: 3)")
-    p.add_argument("--out", type=Path, help="folder for answers and pictures; an interrupted run goes on there (default: runs/<flags>)")
+    p.add_argument("--out", type=Path, help="folder for answers and pictures; a run goes on there (default: runs/<flags>-<settings>)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: bfloat16 on cuda, float32 on cpu)")
     p.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="(default: 16)")
-    p.add_argument("--positions", choices=["keep", "compact"], default="keep", help="of the kept tokens: original or renumbered (default: keep)")
-    p.add_argument("--plot", type=Path, metavar="PNG", help="score against layer, as a picture")
+    p.add_argument("--positions", choices=["keep", "compact"], default="keep", help="of kept tokens: original or renumbered (default: keep)")
+    p.add_argument("--plot", type=Path, metavar="PNG", help="draw score against layer")
     p.add_argument("--image", type=Path, help="one picture instead of the benchmarks; with --question")
     p.add_argument("--question", help="what to ask about --image")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    for flag, low in (("limit", 1), ("seed", 0), ("seeds", 1), ("max_new_tokens", 1)):
+        value = getattr(args, flag)
+        if value is not None and not low <= value < 2 ** 31:
+            raise InputError(f"--{flag.replace('_', '-')}: {value}, want {low} or more, below 2^31")
+    args.bench = args.bench.split(",")
+    for benchmark in args.bench:
+        if benchmark not in BENCHMARKS:
+            raise InputError(f"--bench: unknown benchmark {benchmark!r}; want one of {', '.join(BENCHMARKS)}")
+    if args.schedule and (args.method or args.layer or args.ratio):
+        raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
+    if bool(args.image) != bool(args.question):
+        raise InputError("--image and --question go together")
+    if args.plot and (args.image or args.schedule or args.plot.suffix != ".png" or not args.plot.parent.is_dir()):
+        raise InputError(f"--plot {args.plot}: want a .png in a folder that exists, and methods by layer, not --schedule or --image")
+    return args
 
 
 def parse_cells(args, num_layers: int) -> list[Cell]:
-    """The rows of the table: the unpruned model, no image at all, then each method at each layer, or the schedules given."""
-    for flag in ("limit", "seeds", "max_new_tokens"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise InputError(f"--{flag.replace('_', '-')}: {value}, want 1 or more")
-    if args.schedule:
-        schedules = [(text, parse_schedule(text)) for text in args.schedule]
-        schedules += [("random at the same layers", [(layer, "random", amount) for layer, _, amount in s]) for _, s in schedules]
-        schedules = [(name, tuple(s)) for name, s in schedules]
-    else:
-        try:
-            ratio = float(args.ratio)
-            layers = list(range(num_layers)) if args.layer == "all" else [int(x) for x in args.layer.split(",")]
-        except ValueError:
-            raise InputError(f"--layer {args.layer} --ratio {args.ratio}: want layers as 20, 2,10,20 or all, and a ratio as 0.9")
-        if not 0 <= ratio <= 1:
-            raise InputError(f"--ratio: {args.ratio}, want 0 to 1, the fraction removed")
-        methods = args.method.split(",") if args.method else list(METHODS)
-        schedules = []
-        for layer in layers:
-            for method in methods:
-                if args.method and args.layer != "all":
-                    check_method(method, layer)
-                elif layer == 0 and method in NEED_A_LAYER:
-                    continue                            # asked for by "every method" or "all layers", not by name
-                schedules.append((method, ((layer, method, ratio),)))
-    for _, schedule in schedules:
+    """The unpruned model, no image at all, then each method at each layer or each schedule, and random beside all of them."""
+    rows = [("unpruned", ()), ("no image", ((0, "random", 0),))]
+    rows += parse_schedules(args) if args.schedule else parse_methods(args, num_layers)
+    cells = {}
+    for row, schedule in rows:
         for layer, method, _ in schedule:
             if not 0 <= layer < num_layers:
                 raise InputError(f"layer {layer} is out of range; this model has layers 0 to {num_layers - 1}")
+            if method == "info" and args.image:
+                raise InputError("info needs a gold answer: it works on benchmarks, not on --image")
+        draws = any(method == "random" and (amount > 0 if isinstance(amount, int) else 0 < amount < 1) for _, method, amount in schedule)
+        for seed in range(args.seeds if draws and not args.image else 1):
+            cell = Cell(row, schedule, args.seed + seed)
+            cells.setdefault(cell.key, cell)            # what is asked for twice runs once
+    return list(cells.values())
+
+
+def parse_schedules(args) -> list[tuple[str, tuple]]:
+    rows = []
+    for text in args.schedule:
+        schedule = tuple(parse_schedule(text))
+        if not schedule:
+            raise InputError("--schedule: empty, want e.g. 'dart@2=252 random@20:0.9'")
+        baseline = tuple((layer, "random", amount) for layer, _, amount in schedule)
+        rows += [(Cell("", stages, 0).spec, stages) for stages in (schedule, baseline)]
+    return rows
+
+
+def parse_methods(args, num_layers: int) -> list[tuple[str, tuple]]:
+    try:
+        ratio = float(args.ratio or "0.9")
+        layers = range(num_layers) if args.layer == "all" else [int(layer) for layer in (args.layer or "20").split(",")]
+    except ValueError:
+        raise InputError(f"--layer {args.layer or 20} --ratio {args.ratio or 0.9}: want layers as 20 or 2,10,20 or all, a ratio as 0.9")
+    if not 0 <= ratio <= 1:
+        raise InputError(f"--ratio: {args.ratio}, want 0 to 1, the fraction removed")
+    named = args.method.split(",") if args.method else []
+    rows = []
+    for layer in layers:
+        for method in dict.fromkeys(["random", *(named or METHODS)]):
+            if layer == 0 and method in NEED_A_LAYER and (not named or args.layer == "all"):
+                continue                                # they start at layer 1 when every method or every layer is asked for
             check_method(method, layer)
-    if args.image:
-        schedules = [(name, s) for name, s in schedules if "info" not in [method for _, method, _ in s]]
-    rows = {(): "unpruned", ((0, "random", 0),): "no image"}
-    for name, schedule in schedules:
-        rows.setdefault(schedule, name)                 # a schedule asked for twice is run once
-    cells = []
-    for schedule, name in rows.items():
-        stochastic = any(method == "random" and amount not in (0, 1.0) for _, method, amount in schedule) and not args.image
-        cells += [Cell(name, schedule, args.seed + i) for i in range(args.seeds if stochastic else 1)]
-    return cells
+            if not (args.image and method == "info" and not named):
+                rows.append((method, ((layer, method, ratio),)))
+    return rows
 
 
 def load_model(args):
+    """The module for --model's config.json, and a function that loads the weights: layers are checked before they are read."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        assert torch.device(device).type in ("cpu", "cuda"), "want cpu or cuda"
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
+    except Exception as e:                              # torch raises what the backend raises
         raise InputError(f"--device {device}: not usable here ({str(e).splitlines()[0]})")
     if not args.model.is_dir():
         raise InputError(f"--model {args.model}: no such folder; want a checkpoint folder with config.json")
     kind = model_llava.read_json(args.model / "config.json").get("model_type")
     if kind not in MODELS:
         raise InputError(f"--model {args.model}: model_type is {kind!r}, want one of {', '.join(MODELS)}")
-    return MODELS[kind].load(args.model, device, getattr(torch, args.dtype) if args.dtype else None)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    return MODELS[kind].read_config(args.model).text.num_hidden_layers, lambda: MODELS[kind].load(args.model, device, dtype)
+
+
+def fingerprint(args, data: dict) -> dict:
+    """What else decides the answers: code, checkpoint (names, sizes, dates), questions. A short hash of each."""
+    def short(*parts):
+        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:12]
+    files = sorted(f for f in args.model.iterdir() if f.is_file())
+    return {"code": short(*(f.read_text("utf-8") for f in sorted(HERE.glob("*.py")))),
+            "checkpoint": short(*((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)),
+            "questions": {name: short(*questions) for name, questions in data.items()}}
 
 
 def open_folder(args, argv: list[str], settings: dict) -> Path:
-    """The folder of this run; one that holds a run with other settings is refused."""
-    name = re.sub(r"[^\w.,=@:-]+", "_", "_".join(argv).replace("--", "")) or "default"
-    out = args.out or Path("runs") / name[:150]
+    """The folder of this run, by default one of its own for these flags and settings; another run's is refused."""
+    name = re.sub(r"[^\w.,=@:-]+", "_", "_".join(argv).replace("--", ""))[:100] or "default"
+    out = args.out or Path("runs") / f"{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = out / "settings.json"
-        if file.exists():
+        if file.exists() or (out / "answers.jsonl").exists():
             before = model_llava.read_json(file)
             other = [key for key in settings if before.get(key) != settings[key]]
             if other:
@@ -564,35 +614,33 @@ def open_folder(args, argv: list[str], settings: dict) -> Path:
 
 def main(argv: list[str]):
     args = parse_arguments(argv)
-    benchmarks = args.bench.split(",")
-    for benchmark in benchmarks:
-        if benchmark not in BENCHMARKS:
-            raise InputError(f"--bench: unknown benchmark {benchmark!r}; want one of {', '.join(BENCHMARKS)}")
-    if bool(args.image) != bool(args.question):
-        raise InputError("--image and --question go together")
-    model = load_model(args)
+    num_layers, load = load_model(args)
+    cells = parse_cells(args, num_layers)
+    data = {} if args.image else {name: load_benchmark(name, args.data, args.limit, args.seed) for name in args.bench}
+    image = read_image(args.image) if args.image else None
+    model = load()
     weight = next(model.parameters())
-    cells = parse_cells(args, model.num_layers)
-    settings = {"model": str(args.model), "data": str(args.data), "device": str(weight.device), "dtype": str(weight.dtype),
-                "cells": [[c.row, [list(stage) for stage in c.schedule], c.seed] for c in cells], "limit": args.limit,
-                "max_new_tokens": args.max_new_tokens, "positions": args.positions, "image": str(args.image) if args.image else None}
-    if args.image:
-        report = show_image(model, args, cells, open_folder(args, argv, settings))
+    settings = {"model": str(args.model), "data": str(args.data), "device": str(weight.device), "dtype": str(weight.dtype)[6:],
+                "cells": [cell.key for cell in cells], "limit": args.limit, "seed": args.seed,
+                "max_new_tokens": args.max_new_tokens, "positions": args.positions, **fingerprint(args, data)}
+    out = open_folder(args, argv, settings)
+    if image:
+        report = {"question": args.question, "answers": show_image(model, image, args, cells, out)}
     else:
-        data = {b: load_benchmark(b, args.data, args.limit, args.seed) for b in benchmarks}
-        out, clock, report = open_folder(args, argv, settings), Clock(weight.device), {}
+        report = {"benchmarks": {}}
+        seconds = np.zeros(2)
         for benchmark, questions in data.items():
-            done = evaluate(model, benchmark, questions, cells, args, clock, out)
-            milliseconds = time_prefill(model, questions[0], cells, args, clock)
-            rows = report[benchmark] = summarise(model, benchmark, questions, done, cells)
-            for row, schedule in zip(rows, dict.fromkeys(cell.schedule for cell in cells)):
-                row["prefill_ms"] = milliseconds.get(schedule)
+            done = evaluate(model, benchmark, questions, cells, args, out)
+            rows = report["benchmarks"][benchmark] = summarise(model, benchmark, questions, done, cells)
+            seconds += np.sum([(line["ms"], line["oracle_ms"]) for line in done], 0) / 1000
+            if len(layers_of(rows)) <= 1:               # a sweep's table has no room for times
+                milliseconds = time_prefill(model, questions[0], cells, args)
+                rows = report["benchmarks"][benchmark] = [row | {"prefill_ms": milliseconds.get(row["schedule"])} for row in rows]
             print_table(benchmark, rows)
-        print(f"{clock.seconds['questions']:.0f} s for the questions, {clock.seconds['oracle']:.0f} s of them the oracle's measuring "
-              f"(info); {weight.device}, {str(weight.dtype)[6:]}, {torch.get_num_threads()} threads; answers in {out}\n")
+        print(f"{seconds[0]:.0f} s for the questions, {seconds[1]:.0f} s of them the oracle's measuring (info); "
+              f"{weight.device}, {str(weight.dtype)[6:]}, {torch.get_num_threads()} threads; answers in {out}\n")
         if args.plot:
-            plot(report, args.plot)
-        report = {"benchmarks": report, "seconds": dict(clock.seconds)}
+            plot(report["benchmarks"], args.plot)
     print(json.dumps({"command": " ".join(["eval.py", *argv]), **settings, **report}))
 
 

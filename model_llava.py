@@ -1,7 +1,7 @@
 """LLaVA-1.5 in one file: config, LLaMA decoder, CLIP tower, projector, image, prompt, load.
 
 The decoder loop is `Llava.run`: it moves a Stream forward by layers and stops wherever you ask, so that
-tokprune can take visual rows out of it. Nothing in this file prunes.
+tokprune can take visual rows out of it. Everything here is the published model; pruning is not its business.
 
     B variants of one prompt   T rows   V visual tokens   C width   H heads   G key/value heads   D head width   L layers
 """
@@ -87,42 +87,65 @@ def read_config(path: Path) -> Config:
                          "use the converted folder instead, e.g. llava-hf/llava-1.5-7b-hf")
     if raw.get("model_type") != "llava":
         raise InputError(f"{path}/config.json: model_type is {raw.get('model_type')!r}, want 'llava'")
-    text = raw.get("text_config") or {}
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}            # transformers 5 or 4
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    text, vision = section(raw, "text_config", path), section(raw, "vision_config", path)
+    old, new = section(text, "rope_scaling", path), section(text, "rope_parameters", path)      # transformers 4 and 5
     config = Config(
-        text=TextConfig(**known(TextConfig, text)),
-        vision=VisionConfig(**known(VisionConfig, raw.get("vision_config") or {})),
+        text=TextConfig(**known(TextConfig, text, path)),
+        vision=VisionConfig(**known(VisionConfig, vision, path)),
         image_token=raw.get("image_token_index", raw.get("image_token_id", 32000)),
         # transformers 4.57 writes the flag into text_config alone
-        tie_word_embeddings=raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False),
-        **known(Config, raw, "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act"))
-    config.text.rope_theta = rope.get("rope_theta", config.text.rope_theta)
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        **known(Config, raw, path, "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act"))
+    config.text.rope_theta = known(TextConfig, new, path, "rope_theta").get("rope_theta", config.text.rope_theta)
     for name, found, want in [
-            ("rope type", rope_type, "default"),
+            ("rope type", old.get("rope_type", old.get("type", "default")), "default"),
+            ("rope type", new.get("rope_type", new.get("type", "default")), "default"),
             ("text hidden_act", config.text.hidden_act, "silu"),
             ("attention_bias", config.text.attention_bias, False),
             ("mlp_bias", config.text.mlp_bias, False),
             ("vision hidden_act", config.vision.hidden_act, "quick_gelu"),
+            ("text hidden_size % heads", config.text.hidden_size % config.text.num_attention_heads, 0),
+            ("heads % key/value heads", config.text.num_attention_heads % config.text.num_key_value_heads, 0),
+            ("vision hidden_size % heads", config.vision.hidden_size % config.vision.num_attention_heads, 0),
             ("projector_hidden_act", config.projector_hidden_act, "gelu"),
             ("vision_feature_select_strategy", config.vision_feature_select_strategy, "default")]:
         if found != want:
             raise InputError(f"{path}/config.json: {name} is {found!r}; LLaVA-1.5 has {want!r}, nothing else is implemented")
+    if not 1 <= config.vision_blocks <= config.vision.num_hidden_layers:
+        raise InputError(f"{path}/config.json: vision_feature_layer {config.vision_feature_layer} of "
+                         f"{config.vision.num_hidden_layers} layers; want one after the first block")
     return config
 
 
-def known(cls, raw: dict, *names) -> dict:
-    """The entries of raw that cls has a field for; null means left out."""
-    return {k: v for k, v in raw.items() if k in (names or cls.__dataclass_fields__) and v is not None}
+def known(cls, raw: dict, path: Path, *names) -> dict:
+    """The entries of raw that cls has a field for, of the field's type; null means left out."""
+    found = {k: v for k, v in raw.items() if k in (names or cls.__dataclass_fields__) and v is not None}
+    for name, value in found.items():
+        default = cls.__dataclass_fields__[name].default
+        kind = (int, float) if type(default) is float else type(default)
+        if not isinstance(value, kind) or (type(default) is int and default >= 0 and value < 1):
+            raise InputError(f"{path}/config.json: {name} is {value!r}, want the like of {default!r}")
+    return found
+
+
+def section(raw: dict, name: str, path: Path) -> dict:
+    value = raw.get(name) or {}
+    if not isinstance(value, dict):
+        raise InputError(f"{path}/config.json: {name} is {value!r}, want an object")
+    return value
 
 
 def read_json(path: Path) -> dict:
+    """A JSON file that holds an object. Raises InputError."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: not found; a checkpoint folder as published has it")
-    except ValueError as e:
+    except (ValueError, OSError, RecursionError) as e:
         raise InputError(f"{path}: not valid JSON ({e})")
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds a {type(found).__name__}, want an object")
+    return found
 
 
 # ---- model ------------------------------------------------------------------------------------------------------
@@ -139,7 +162,7 @@ class Llava(nn.Module):
         self.language_model = Decoder(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         half = torch.arange(0, config.text.head_dim, 2, dtype=torch.float32, device="cpu") / config.text.head_dim
-        self.inv_freq = 1 / config.text.rope_theta ** half          # a plain tensor: float32 whatever the model's dtype
+        self.register_buffer("inv_freq", 1 / config.text.rope_theta ** half, persistent=False)     # stays float32: `load` casts weights alone
 
     def preprocess(self, image: Image.Image, mode: str = "pad") -> Tensor:
         """PIL image -> (3, S, S) float32. `pad`: LLaVA's own evaluation; `crop`: the published processor config."""
@@ -162,7 +185,7 @@ class Llava(nn.Module):
         ids = self.tokenizer.encode(PROMPT.format(question=question)).ids
         places = [i for i, token in enumerate(ids) if token == self.config.image_token]
         if len(places) != 1:
-            raise InputError(f"prompt holds {len(places)} image tokens (id {self.config.image_token}), want 1: {question!r}")
+            raise InputError(f"prompt holds {len(places)} <image> tokens (id {self.config.image_token}), want 1: {question!r}")
         start, V = places[0], len(features)
         text = embed(torch.tensor(ids, device=device))
         x = torch.cat([text[:start], features, text[start + 1:]])[None]            # (1, T, C)
@@ -188,7 +211,7 @@ class Llava(nn.Module):
 
     def rope(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
         """Positions (B, T) -> cos and sin (B, 1, T, D), angles in float32."""
-        angles = pos[:, None, :, None].float() * self.inv_freq.to(pos.device)
+        angles = pos[:, None, :, None].float() * self.inv_freq
         angles = torch.cat([angles, angles], -1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -451,6 +474,7 @@ def load(path, device=None, dtype=None) -> Llava:
         raise InputError(f"{path}: no such folder; want a checkpoint folder with config.json and *.safetensors")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    torch.backends.cudnn.allow_tf32 = False             # on by default: the patch embedding would not be float32
     config = read_config(path)
     with torch.device("meta"):
         model = Llava(config, read_tokenizer(path), read_eos(path))
@@ -480,6 +504,7 @@ def load_weights(model: Llava, path: Path, device, dtype):
     if missing:
         raise InputError(f"{path}: {len(missing)} of {len(want)} tensors are missing, the first is {missing[0]}")
     model.load_state_dict(found, assign=True)
+    model.to(device)                                    # what no file holds: the rotary frequencies
 
 
 def open_shard(shard: Path, read):
@@ -498,7 +523,7 @@ def is_unused_block(model: Llava, name: str) -> bool:
 def find_shards(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
-        shards = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        shards = [path / str(name) for name in sorted(set((read_json(index).get("weight_map") or {}).values()))]
         absent = [shard.name for shard in shards if not shard.exists()]
         if absent or not shards:
             raise InputError(f"{path}: {index.name} names {len(shards)} shards, missing: {', '.join(absent) or 'all'}")

@@ -46,19 +46,19 @@ def keep(stream: Stream, idx: Tensor, positions: str = "keep") -> Stream:
     positions: "keep" leaves every row its original position; "compact" renumbers, as methods that shorten the prompt do.
     """
     idx = idx.to(stream.x.device)
-    idx = idx if idx.dim() == 2 else idx[None]
-    (start, V), T = stream.visual, stream.x.shape[1]
-    B, n = max(len(stream.x), len(idx)), idx.shape[1]
-    idx = idx.expand(B, n)
+    stream = expand(stream, max(len(stream.x), len(idx) if idx.dim() == 2 else 1))
+    (start, V), (B, T, C) = stream.visual, stream.x.shape
+    idx = idx.expand(B, -1)                                                                 # (B, n)
     row = torch.arange(T, device=idx.device).expand(B, T)
     rows = torch.cat([row[:, :start], start + idx, row[:, start + V:]], 1)                  # (B, T - V + n)
-    axes = stream.pos.shape[:-2]                                                            # () or (3,) for M-RoPE
-    pos, next_pos = stream.pos.expand(*axes, B, T).gather(-1, rows.expand(*axes, *rows.shape)), stream.next_pos
+    x = stream.x.gather(1, rows[..., None].expand(-1, -1, C))
+    pos = stream.pos.gather(-1, rows.expand(*stream.pos.shape[:-2], -1, -1))                # M-RoPE has an axis more, in front
+    next_pos = stream.next_pos
     if positions == "compact":
-        next_pos = rows.shape[1]
+        next_pos = x.shape[1]
         pos = torch.arange(next_pos, device=pos.device).expand(pos.shape)
-    return replace(stream, x=stream.x.expand(B, -1, -1).gather(1, rows[..., None].expand(-1, -1, stream.x.shape[2])),
-                   pos=pos, next_pos=next_pos, visual=(start, n), origin=stream.origin.expand(B, V).gather(1, idx), queries=None)
+    return replace(stream, x=x, pos=pos, next_pos=next_pos, visual=(start, idx.shape[1]), origin=stream.origin.gather(1, idx),
+                   queries=None)
 
 
 def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 0, info: Tensor | None = None,
@@ -68,23 +68,32 @@ def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 
     A list of methods, or of seeds, makes one variant of each. info: (N,) measured information, for the oracle.
     """
     n = min(n, stream.visual[1])
-    B = max(len(stream.x), len(method) if isinstance(method, list) else 1, len(seed) if isinstance(seed, list) else 1)
-    methods, seeds = (m if isinstance(m, list) else [m] * B for m in (method, seed))
-    chosen = [choose(view_of(model, stream, b if len(stream.x) > 1 else 0, seeds[b], info), methods[b], n) for b in range(B)]
+    B = max([len(stream.x)] + [len(given) for given in (method, seed) if isinstance(given, list)])
+    methods, seeds = (given if isinstance(given, list) else [given] * B for given in (method, seed))
+    stream = expand(stream, B)
+    chosen = [choose(view_of(model, stream, b, seeds[b], info), methods[b], n) for b in range(B)]
     pruned = keep(stream, torch.stack([idx for idx, _ in chosen]), positions)
-    start = stream.visual[0]
     for b, (_, merged) in enumerate(chosen):
         if merged is not None:
+            start = stream.visual[0]
             pruned.x[b, start:start + n] = merged.to(pruned.x.dtype)
     return pruned
 
 
+def expand(stream: Stream, B: int) -> Stream:
+    """One variant as B equal ones, nothing copied; the cache stays shared."""
+    q = stream.queries
+    return replace(stream, x=stream.x.expand(B, -1, -1), pos=stream.pos.expand(*stream.pos.shape[:-2], B, -1),
+                   origin=stream.origin.expand(B, -1), queries=None if q is None else q.expand(B, -1, -1, -1))
+
+
 def choose(view: "View", method: str, n: int) -> tuple[Tensor, Tensor | None]:
-    """Indices (n,) of the method, and the rows (n, C) to put there if it merges. None and all need no method."""
+    """Indices (n,) of the method, and the rows (n, C) to put there if it merges. To keep none or all needs no method."""
     V = view.visual[1]
     if n in (0, V):
         return torch.arange(n), None
     check_method(method, view.layer)
+    assert method not in NEED_A_LAYER or view.keys is not None, f"{method} needs a layer run since rows last left, at layer {view.layer}"
     chosen = METHODS[method](view, n)
     idx, merged = chosen if isinstance(chosen, tuple) else (chosen, None)
     assert idx.shape == (n,) and (idx.diff() > 0).all(), f"{method} chose {idx.tolist()}, want {n} ascending of {V}"
@@ -126,14 +135,14 @@ class View:
 
 
 def view_of(model, stream: Stream, b: int, seed: int, info: Tensor | None) -> View:
-    start, V = stream.visual
-    origin = stream.origin[min(b, len(stream.origin) - 1)]
+    origin, N = stream.origin[b], stream.grid[0] * stream.grid[1]
     rng = torch.Generator().manual_seed(seed + 1_000_003 * stream.layer)     # stages of one schedule draw apart
-    view = View(stream.layer, stream.visual, stream.x[b], stream.embeds, (start, stream.grid[0] * stream.grid[1]),
+    view = View(stream.layer, stream.visual, stream.x[b], stream.embeds, (stream.visual[0], N),
                 normed=lambda: model.final_norm(stream.x[b]), saliency=stream.saliency[origin], grid=stream.grid,
                 origin=origin, info=None if info is None else info.to(origin.device)[origin], rng=rng)
     if stream.queries is not None:
-        q, k = stream.queries[b], stream.cache[stream.layer - 1][0][b]       # (H, T, D), (G, T, D)
+        keys = stream.cache[stream.layer - 1][0]                             # (B, G, T, D), or one shared by all variants
+        q, k = stream.queries[b], keys.expand(len(stream.x), -1, -1, -1)[b]
         view.keys = k.transpose(0, 1).flatten(1)
         view.attention = lambda rows: attention(q, k, rows)
     return view
@@ -170,8 +179,8 @@ def sparsevlm(view: View, n: int) -> tuple[Tensor, Tensor]:
     The budget counts the merged tokens, n = k + c. Where n is too small for that, the n best are kept, none merged.
     """
     (first, N), (start, V) = view.embeds_visual, view.visual
-    image, text = view.embeds[first:first + N].float(), view.embeds[first + N:].float()
-    m = (image @ text.T).softmax(1).mean(0)                                  # (text,) how visual each text token is
+    visual, text = view.embeds[first:first + N].float(), view.embeds[first + N:].float()
+    m = (visual @ text.T).softmax(1).mean(0)                                 # (text,) how visual each text token is
     raters = (m > m.mean()).nonzero()[:, 0] if (m > m.mean()).any() else torch.arange(len(text))
     score = view.attention(start + V + raters)[:, :, start:start + V].mean((0, 1))
     order = score.argsort(descending=True, stable=True)
@@ -206,19 +215,19 @@ def cluster(x: Tensor, c: int) -> tuple[Tensor, Tensor]:
 
 
 def dart(view: View, n: int) -> Tensor:
-    """DART (EMNLP 2025, arXiv 2502.11494): 4 image and 4 text pivots of the largest key norms; keep what is least like them.
+    """DART (EMNLP 2025, arXiv 2502.11494): 4 visual and 4 text pivots of the largest key norms; keep what is least like them.
 
-    Pivots take turns image before text, each by rank; the authors' order is that of a Python set, an accident.
+    Visual pivots take their turns before text pivots, each by rank; the authors' order is that of a Python set, an accident.
     """
     start, V = view.visual
     norm = view.keys.float().abs().sum(1)                                                   # L1, all heads
-    image = norm[start:start + V].argsort(descending=True, stable=True)[:4]
+    pivots = norm[start:start + V].argsort(descending=True, stable=True)[:4]
     text = norm[start + V:].argsort(descending=True, stable=True)[:4]
-    if n <= len(image):
-        return image[:n].sort().values
+    if n <= len(pivots):
+        return pivots[:n].sort().values
     h = F.normalize(view.normed().float(), dim=1)
-    similarity = h[start:start + V] @ h[torch.cat([start + image, start + V + text])].T     # (V, 8)
-    return least_similar_in_turn(similarity, image, n)
+    similarity = h[start:start + V] @ h[torch.cat([start + pivots, start + V + text])].T    # (V, 8)
+    return least_similar_in_turn(similarity, pivots, n)
 
 
 def least_similar_in_turn(similarity: Tensor, kept: Tensor, n: int) -> Tensor:
@@ -250,7 +259,7 @@ def divprune(view: View, n: int) -> Tensor:
 
 
 def scope(view: View, n: int) -> Tensor:
-    """SCOPE (NeurIPS 2025): greedy; a token gains what it adds to the coverage of all tokens, times its saliency."""
+    """SCOPE (NeurIPS 2025), greedy: a token gains what it adds to the coverage of all tokens, times its saliency."""
     f = F.normalize(view.x_visual, dim=1)
     similarity, saliency = f @ f.T, view.saliency.float()
     covered = torch.zeros_like(saliency)
@@ -275,6 +284,7 @@ def top(score: Tensor, n: int) -> Tensor:
     return score.argsort(descending=True, stable=True)[:n].sort().values
 
 
+# Each is asked for 0 < n < V; `choose` sees to none and all.
 METHODS = {"random": random, "fastv": fastv, "sparsevlm": sparsevlm, "dart": dart, "divprune": divprune, "scope": scope,
            "info": info}
 NEED_A_LAYER = {"fastv", "sparsevlm", "dart"}           # they read attention or keys of the layer before
@@ -293,7 +303,7 @@ def information(model, image, question: str, answer: str, layers: list[int], win
     return torch.stack([maps[layer] for layer in layers])
 
 
-def keep_one(model, stream: Stream, full: Stream, answer_id: int, window: int = 2) -> Tensor:
+def keep_one(model, stream: Stream, full: Stream, answer_id: int, window: int) -> Tensor:
     """I(w) = P(y1 | only w) - P(y1 | none), (rows, cols) float32 in windows: keep-one, as the paper's code computes it.
 
     Of the visual tokens only those of w are left from the input of stream.layer on; y1 is the first token of the gold
@@ -317,7 +327,7 @@ def keep_one(model, stream: Stream, full: Stream, answer_id: int, window: int = 
     return found.view(-(-rows // window), -(-cols // window))
 
 
-def per_token(windows: Tensor, grid: tuple[int, int], window: int = 2) -> Tensor:
+def per_token(windows: Tensor, grid: tuple[int, int], window: int) -> Tensor:
     """(rows, cols) in windows -> (N,): the tokens of a window share its value."""
     return windows.repeat_interleave(window, 0).repeat_interleave(window, 1)[:grid[0], :grid[1]].flatten()
 

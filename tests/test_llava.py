@@ -187,6 +187,12 @@ def wrong_shape(folder):
     (edit_config(model_type="qwen2_5_vl"), "model_type is 'qwen2_5_vl'"),
     (edit_config(mm_vision_tower="openai/clip-vit-large-patch14-336"), "llava-hf/llava-1.5-7b-hf"),
     (edit_config(text_config={"rope_scaling": {"type": "linear", "factor": 2}}), "rope type is 'linear'"),
+    (edit_config(text_config="x"), "text_config is 'x', want an object"),
+    (edit_config(text_config={"hidden_size": -64}), "hidden_size is -64"), (edit_config(text_config={"hidden_size": "64"}), "hidden_size is '64'"),
+    (edit_config(text_config={"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "yarn"}}), "rope type is 'yarn'"),
+    (edit_config(vision_feature_layer=-5), "vision_feature_layer -5"), (edit_config(vision_config={"patch_size": 0}), "patch_size is 0"),
+    (edit_config(vision_config={"num_attention_heads": 3}), "vision hidden_size % heads"),
+    (lambda f: (f / "config.json").write_text("[]"), "holds a list, want an object"),
     (edit_config(vision_feature_select_strategy="full"), "vision_feature_select_strategy is 'full'")])
 def test_broken_checkpoint_is_one_line_that_names_it(change, message, tmp_path):
     shutil.copytree(GOLDEN / "llava_grouped", tmp_path / "m")

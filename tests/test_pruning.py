@@ -35,18 +35,77 @@ def info():
 @pytest.mark.parametrize("duplicated", [False, True])
 def test_keeps_exactly_n_distinct_visual_tokens_in_order_and_all_text(model, start, info, method, n, duplicated):
     first, V = start.visual
-    if duplicated:                                          # every visual token the same: distances and scores all tie
-        x = start.x.clone()
-        x[:, first:first + V] = x[:, first:first + 1]
-        start = replace(start, x=x)
     full = model.run(start, stop=1)
+    if duplicated:                                          # every visual token the same: distances and gains all tie
+        full = replace(full, x=full.x.clone())
+        full.x[:, first:first + V] = full.x[:, first:first + 1]
     pruned = prune(model, full, method, n, info=info)
     assert pruned.visual == (first, n)
     assert pruned.origin.shape == (1, n) and (pruned.origin.diff() > 0).all()
     assert pruned.x[:, :first].equal(full.x[:, :first]) and pruned.x[:, first + n:].equal(full.x[:, first + V:])
     assert pruned.pos[:, first:first + n].equal(first + pruned.origin)
-    if method != "sparsevlm":                               # which merges, and so changes rows
+    if method == "sparsevlm" and 0 < n < V:                 # which merges: the rows it returned are the rows that go on
+        idx, rows = METHODS[method](tokprune.view_of(model, full, 0, 0, info), n)
+        assert pruned.x[0, first:first + n].equal(full.x[0, first + idx] if rows is None else rows)
+    else:
         assert pruned.x[0, first:first + n].equal(full.x[0, first + pruned.origin[0]])
+
+
+def test_sparsevlm_merges_where_there_is_room():
+    """Otherwise the test above compares nothing merged."""
+    model = model_llava.load(GOLDEN / "llava_grouped", "cpu")
+    stream = model.run(model.begin(images()["wide"], QUESTIONS[0]), stop=1)
+    idx, rows = METHODS["sparsevlm"](tokprune.view_of(model, stream, 0, 0, None), 8)
+    assert not torch.equal(rows, stream.x[0, stream.visual[0] + idx])
+
+
+def test_a_view_shows_the_layer_before_and_the_tokens_that_are_left(model, start, info):
+    """Everything in a second-stage View recomputed by hand, for the second of two variants."""
+    stream = model.run(prune(model, model.run(start, stop=1), ["random", "divprune"], 7, info=info), stop=2)
+    view, b, (first, V) = tokprune.view_of(model, stream, 1, 3, info), 1, stream.visual
+    layer = model.language_model.layers[1]
+    before = prune(model, model.run(start, stop=1), "divprune", 7)
+    y, rope = layer.input_layernorm(before.x), model.rope(before.pos, torch.float32)
+    T = before.x.shape[1]
+    q = model_llava.rotate(layer.self_attn.q_proj(y).view(1, T, 4, 16).transpose(1, 2), rope)[0]
+    k = model_llava.rotate(layer.self_attn.k_proj(y).view(1, T, 2, 16).transpose(1, 2), rope)[0]
+    scores = (q @ k.repeat_interleave(2, 0).transpose(1, 2) / 4).masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
+    close = lambda got, want: torch.testing.assert_close(got, want, rtol=0, atol=1e-5)     # float32, other batch size
+    close(view.keys, k.transpose(0, 1).flatten(1))
+    close(view.attention(torch.tensor([3, T - 1])), scores.softmax(-1)[:, [3, T - 1]])
+    close(view.x, model.run(before, stop=2).x[0])
+    close(view.normed(), model.language_model.norm(view.x))
+    assert view.layer == 2 and view.visual == (first, 7) and view.origin.equal(before.origin[0])
+    assert view.saliency.equal(start.saliency[view.origin]) and view.info.equal(info[view.origin])
+    assert view.embeds.equal(start.x[0]) and view.embeds_visual == (first, 16)
+    assert view.rng.initial_seed() != tokprune.view_of(model, model.run(start, stop=1), 0, 3, info).rng.initial_seed()
+
+
+def test_saliency_is_how_much_cls_attends_to_each_patch_in_the_last_block(model):
+    """Recomputed with the whole softmax of the block that makes the features, mean over heads."""
+    pixels = model.preprocess(images()["wide"])[None]
+    tower = model.vision_tower
+    x = tower.pre_layrnorm(tower.embeddings(pixels))
+    for block in tower.encoder.layers[:-1]:
+        x = block(x)[0]
+    a = tower.encoder.layers[-1].self_attn
+    y = tower.encoder.layers[-1].layer_norm1(x)
+    q, k = (p(y).view(17, 4, 8).transpose(0, 1) for p in (a.q_proj, a.k_proj))
+    want = (q @ k.transpose(1, 2) / 8 ** 0.5).softmax(-1).mean(0)[0, 1:]
+    torch.testing.assert_close(model.begin(images()["wide"], "?").saliency, want)
+
+
+@every_method
+def test_sets_are_chosen_in_float32(model, start, info, method):
+    """A bfloat16 stream is chosen from as its exact float32 copy is."""
+    def cast(stream, dtype):
+        kv = [None if kv is None else tuple(t.to(dtype) for t in kv) for kv in stream.cache]
+        return replace(stream, x=stream.x.to(dtype), cache=kv, queries=stream.queries.to(dtype), embeds=stream.embeds.to(dtype))
+    low = cast(model.run(start, stop=1), torch.bfloat16)
+    class Norm:                                             # dart's norm too, on what bfloat16 left of the rows
+        final_norm = staticmethod(lambda x: model.final_norm(x.float()))
+    for n in (2, 5, 9):
+        assert prune(Norm, low, method, n, info=info).origin.equal(prune(Norm, cast(low, torch.float32), method, n, info=info).origin)
 
 
 @every_method
@@ -95,6 +154,8 @@ def test_variants_in_one_batch_equal_each_on_its_own(model, start, info, n):
     stream = model.run(start, stop=1)
     methods = list(METHODS)
     batch = prune(model, model.run(prune(model, stream, methods, 9, info=info), stop=2), methods, n, info=info)
+    seeds = prune(model, stream, "random", n, [1, 2])
+    assert [o.tolist() for o in seeds.origin] == [prune(model, stream, "random", n, seed).origin[0].tolist() for seed in (1, 2)]
     together = model.run(batch)
     for b, method in enumerate(methods):
         alone = model.run(prune(model, model.run(prune(model, stream, method, 9, info=info), stop=2), method, n, info=info))
@@ -146,6 +207,12 @@ def test_methods_that_need_a_layer_say_so_at_layer_0(model, start, info, method)
         assert prune(model, start, method, 5, info=info).visual[1] == 5
 
 
+def test_choosing_twice_at_one_layer_is_refused_where_attention_is_gone(model, start):
+    stream = prune(model, model.run(start, stop=1), "random", 9)
+    with pytest.raises(AssertionError, match="fastv needs a layer run"):
+        prune(model, stream, "fastv", 3)
+
+
 # ---- information ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("window", [1, 2, 3])
@@ -170,7 +237,7 @@ def test_keep_one_information_equals_the_naive_loop(model, window):
 
 def test_tokens_of_a_window_share_its_information():
     windows = torch.tensor([[1., 2.], [3., 4.]])
-    assert tokprune.per_token(windows, (3, 4)).view(3, 4).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4]]
+    assert tokprune.per_token(windows, (3, 4), 2).view(3, 4).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4]]
 
 
 # ---- schedules and cost -----------------------------------------------------------------------------------------
