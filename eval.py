@@ -22,11 +22,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import model_llava
-from tokprune import (METHODS, NEED_A_LAYER, InputError, check_method, count, flops, keep_one, mean_visual_tokens, parse_schedule,
-                      per_token, prefill, prune, visual_tokens)
+from tokprune import (METHODS, NEED_A_LAYER, InputError, check_method, count, flops, keep_one, parse_schedule, per_token, prefill,
+                      prune, visual_tokens)
 
 HERE = Path(__file__).resolve().parent
-MODELS = {"llava": model_llava, "llava_llama": model_llava}                         # config.json's model_type -> the file that implements it
+MODELS = {"llava": model_llava, "llava_llama": model_llava}      # config.json's model_type -> its file
 
 
 # ---- benchmarks -------------------------------------------------------------------------------------------------
@@ -61,7 +61,8 @@ COGNITION = "commonsense_reasoning numerical_calculation text_translation code_r
 def load_mme(root: Path) -> list[Question]:
     """The official folders (arXiv 2306.13394): a subtask each, a text of two lines beside an image or in its own folder."""
     questions = []
-    for folder in sorted(f for f in root.rglob("*") if f.is_dir() and f.name in PERCEPTION + COGNITION and "__MACOSX" not in f.parts):
+    folders = [f for f in root.rglob("*") if f.is_dir() and f.name in PERCEPTION + COGNITION and "__MACOSX" not in f.parts]
+    for folder in sorted(folders):
         files = [f for f in sorted(folder.rglob("*")) if not f.name.startswith(".")]
         images = {f.stem: f for f in files if f.suffix.lower() in (".jpg", ".jpeg", ".png")}
         for file in (f for f in files if f.suffix == ".txt"):
@@ -157,8 +158,9 @@ def load_benchmark(name: str, data: Path, limit: int | None, seed: int) -> list[
         raise InputError(f"--data {data}: no {name} found in it")
     first = {}
     for question in questions:
-        if first.setdefault(question.id, question) is not question:
-            raise InputError(f"{name}: question {question.id} is there twice, about {first[question.id].image} and {question.image}")
+        twin = first.setdefault(question.id, question)
+        if twin is not question:
+            raise InputError(f"{name}: question {question.id} is there twice, about {twin.image} and {question.image}")
         if not question.image.exists():
             raise InputError(f"{question.image}: not found; question {question.id} of {name} is about it")
     if limit is None or limit >= len(questions):
@@ -201,7 +203,7 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
     The unpruned stream runs once; at each layer where a schedule begins, pruned copies of it go through the rest. Cells
     that keep equally many tokens at the same layers are one batch of variants.
     """
-    began = now(model)
+    began = now()
     stream = model.begin(image, question.prompt)
     N = stream.visual[1]
     stages = [stage for cell in cells for stage in cell.schedule]
@@ -209,10 +211,10 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
     for layer in sorted({layer for layer, _, _ in stages}):
         s = at[layer] = model.run(s, stop=layer)
     full = model.run(s)
-    measuring = now(model)
+    measuring = now()
     oracle = {layer: per_token(keep_one(model, at[layer], full, model.answer_id(question.gold), WINDOW), full.grid, WINDOW)
               for layer in {layer for layer, method, _ in stages if method == "info"}}
-    measured = now(model)
+    measured = now()
     batches = defaultdict(list)
     for cell in cells:
         batches[tuple((layer, count(amount, N)) for layer, _, amount in cell.schedule)].append(cell)
@@ -224,13 +226,13 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
                       [cell.seed + question.seed for cell in batch], oracle.get(layer), args.positions)
         answers |= dict(zip([cell.key for cell in batch], model.decode(model.run(s), args.max_new_tokens)))
     return {"answers": answers, "visual_tokens": N, "text_rows": stream.x.shape[1] - N,
-            "ms": round(now(model) - began, 1), "oracle_ms": round(measured - measuring, 1)}
+            "ms": round(now() - began, 1), "oracle_ms": round(measured - measuring, 1)}
 
 
 WINDOW = 2                      # information is measured in windows of 2x2 tokens, as in the paper
 
 
-def now(model) -> float:
+def now() -> float:
     """Milliseconds, with the device's queue emptied."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -238,7 +240,7 @@ def now(model) -> float:
 
 
 def evaluate(model, benchmark: str, questions: list[Question], cells: list[Cell], args, out: Path) -> list[dict]:
-    """Every question in every cell, a line each appended to out/answers.jsonl as it comes; what stands there is not asked again."""
+    """Every question in every cell, a line each appended to out/answers.jsonl as it comes; what stands there is done."""
     file, score = out / "answers.jsonl", BENCHMARKS[benchmark][1]
     done = {line["id"]: line for line in read_answers(file) if line.get("benchmark") == benchmark}
     started, asked, right = time.time(), 0, 0.0
@@ -350,9 +352,9 @@ def time_prefill(model, question: Question, cells: list[Cell], args, rounds: int
     spent = defaultdict(list)
     for _ in range(rounds + 1):                         # the first round warms up
         for spec, schedule in schedules.items():
-            start = now(model)
+            start = now()
             model.logits(prefill(model, stream, schedule, positions=args.positions))
-            spent[spec].append(now(model) - start)
+            spent[spec].append(now() - start)
     return {spec: float(np.median(ms[1:])) for spec, ms in spent.items()}
 
 
@@ -377,9 +379,10 @@ def print_table(benchmark: str, rows: list[dict]):
     print("|---|" + "---:|" * (8 + bool(mme)))
     for row in rows:
         total = f" {row['mme']['perception'] + row['mme']['cognition']:.0f} |" if mme else ""
-        print(f"| {row['method']} | {row['score']:.1f} | {row['standard_error']:.1f} |{total} {difference(row['minus_unpruned'])} | "
-              f"{difference(row['minus_random'])} | {row['kept']:g} | {row['mean_visual_tokens']:.1f} | {row['gflops']:.3g} | "
-              f"{'-' if row['prefill_ms'] is None else format(row['prefill_ms'], '.1f')} |")
+        milliseconds = "-" if row["prefill_ms"] is None else f"{row['prefill_ms']:.1f}"
+        print(f"| {row['method']} | {row['score']:.1f} | {row['standard_error']:.1f} |{total} "
+              f"{difference(row['minus_unpruned'])} | {difference(row['minus_random'])} | {row['kept']:g} | "
+              f"{row['mean_visual_tokens']:.1f} | {row['gflops']:.3g} | {milliseconds} |")
     print()
 
 
@@ -487,15 +490,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--method", help=f"comma-separated, of {', '.join(METHODS)} (default: all); random is always added")
     p.add_argument("--layer", help="0-based, tokens leave at its input: one, several as 2,10,20, or all (default: 20)")
     p.add_argument("--ratio", help="fraction of the visual tokens removed, 0 to 1 (default: 0.9)")
-    p.add_argument("--schedule", action="append", metavar="S", help="instead of the three: 'dart@2=252 random@20:0.9'; repeatable")
-    p.add_argument("--limit", type=int, metavar="N", help="about N questions a benchmark, drawn by seed, whole images (default: all)")
+    p.add_argument("--schedule", action="append", metavar="S",
+                   help="instead of these three: 'dart@2=252 random@20:0.9'; repeatable")
+    p.add_argument("--limit", type=int, metavar="N",
+                   help="about N questions a benchmark, drawn by seed, whole images (default: all)")
     p.add_argument("--seed", type=int, default=0, help="of random pruning and of --limit (default: 0)")
     p.add_argument("--seeds", type=int, default=3, help="how many seeds random is averaged over (default: 3)")
-    p.add_argument("--out", type=Path, help="folder for answers and pictures; a run goes on there (default: runs/<flags>-<settings>)")
+    p.add_argument("--out", type=Path,
+                   help="folder for answers and pictures; a run goes on there (default: runs/<flags>-<settings>)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: bfloat16 on cuda, float32 on cpu)")
     p.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="(default: 16)")
-    p.add_argument("--positions", choices=["keep", "compact"], default="keep", help="of kept tokens: original or renumbered (default: keep)")
+    p.add_argument("--positions", choices=["keep", "compact"], default="keep",
+                   help="of kept tokens: original or renumbered (default: keep)")
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw score against layer")
     p.add_argument("--image", type=Path, help="one picture instead of the benchmarks; with --question")
     p.add_argument("--question", help="what to ask about --image")
@@ -513,7 +520,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if bool(args.image) != bool(args.question):
         raise InputError("--image and --question go together")
     if args.plot and (args.image or args.schedule or args.plot.suffix != ".png" or not args.plot.parent.is_dir()):
-        raise InputError(f"--plot {args.plot}: want a .png in a folder that exists, and methods by layer, not --schedule or --image")
+        raise InputError(f"--plot {args.plot}: want a .png in a folder that exists, without --schedule or --image")
     return args
 
 
@@ -528,11 +535,16 @@ def parse_cells(args, num_layers: int) -> list[Cell]:
                 raise InputError(f"layer {layer} is out of range; this model has layers 0 to {num_layers - 1}")
             if method == "info" and args.image:
                 raise InputError("info needs a gold answer: it works on benchmarks, not on --image")
-        draws = any(method == "random" and (amount > 0 if isinstance(amount, int) else 0 < amount < 1) for _, method, amount in schedule)
-        for seed in range(args.seeds if draws and not args.image else 1):
+        for seed in range(args.seeds if is_drawn(schedule) and not args.image else 1):
             cell = Cell(row, schedule, args.seed + seed)
             cells.setdefault(cell.key, cell)            # what is asked for twice runs once
     return list(cells.values())
+
+
+def is_drawn(schedule: tuple) -> bool:
+    """Whether its seed matters; keeping all (0.0) or none (1.0, or a count of 0) does not depend on it."""
+    return any(method == "random" and (amount > 0 if isinstance(amount, int) else 0 < amount < 1)
+               for _, method, amount in schedule)
 
 
 def parse_schedules(args) -> list[tuple[str, tuple]]:
@@ -551,7 +563,8 @@ def parse_methods(args, num_layers: int) -> list[tuple[str, tuple]]:
         ratio = float(args.ratio or "0.9")
         layers = range(num_layers) if args.layer == "all" else [int(layer) for layer in (args.layer or "20").split(",")]
     except ValueError:
-        raise InputError(f"--layer {args.layer or 20} --ratio {args.ratio or 0.9}: want layers as 20 or 2,10,20 or all, a ratio as 0.9")
+        raise InputError(f"--layer {args.layer or 20} --ratio {args.ratio or 0.9}: "
+                         "want layers as 20 or 2,10,20 or all, and a ratio as 0.9")
     if not 0 <= ratio <= 1:
         raise InputError(f"--ratio: {args.ratio}, want 0 to 1, the fraction removed")
     named = args.method.split(",") if args.method else []
@@ -567,7 +580,7 @@ def parse_methods(args, num_layers: int) -> list[tuple[str, tuple]]:
 
 
 def load_model(args):
-    """The module for --model's config.json, and a function that loads the weights: layers are checked before they are read."""
+    """How many layers --model has, and a function that loads it, to be called once all flags are checked."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         assert torch.device(device).type in ("cpu", "cuda"), "want cpu or cuda"

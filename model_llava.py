@@ -162,7 +162,8 @@ class Llava(nn.Module):
         self.language_model = Decoder(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         half = torch.arange(0, config.text.head_dim, 2, dtype=torch.float32, device="cpu") / config.text.head_dim
-        self.register_buffer("inv_freq", 1 / config.text.rope_theta ** half, persistent=False)     # stays float32: `load` casts weights alone
+        # stays float32: `load` casts the weights alone
+        self.register_buffer("inv_freq", 1 / config.text.rope_theta ** half, persistent=False)
 
     def preprocess(self, image: Image.Image, mode: str = "pad") -> Tensor:
         """PIL image -> (3, S, S) float32. `pad`: LLaVA's own evaluation; `crop`: the published processor config."""

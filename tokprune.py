@@ -93,7 +93,7 @@ def choose(view: "View", method: str, n: int) -> tuple[Tensor, Tensor | None]:
     if n in (0, V):
         return torch.arange(n), None
     check_method(method, view.layer)
-    assert method not in NEED_A_LAYER or view.keys is not None, f"{method} needs a layer run since rows last left, at layer {view.layer}"
+    assert method not in NEED_A_LAYER or view.keys is not None, f"{method} needs a layer run since rows last left"
     chosen = METHODS[method](view, n)
     idx, merged = chosen if isinstance(chosen, tuple) else (chosen, None)
     assert idx.shape == (n,) and (idx.diff() > 0).all(), f"{method} chose {idx.tolist()}, want {n} ascending of {V}"
@@ -359,7 +359,7 @@ def check_method(method: str, layer: int):
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; want one of {', '.join(METHODS)}")
     if layer == 0 and method in NEED_A_LAYER:
-        raise InputError(f"{method} reads the layer before the one it prunes at, so it cannot act at layer 0; want layer 1 or later")
+        raise InputError(f"{method} reads the layer before the one it prunes at: it cannot act at layer 0; want 1 or later")
 
 
 def count(amount: float | int, N: int) -> int:
