@@ -22,8 +22,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import model_llava
-from tokprune import (METHODS, NEED_A_LAYER, InputError, check_method, count, flops, keep_one, parse_schedule, per_token, prefill,
-                      prune, visual_tokens)
+from tokprune import (METHODS, NEED_A_LAYER, InputError, check_method, count, flops, format_schedule, keep_one,
+                      parse_schedule, per_token, prefill, prune, visual_tokens)
 
 HERE = Path(__file__).resolve().parent
 MODELS = {"llava": model_llava, "llava_llama": model_llava}      # config.json's model_type -> its file
@@ -186,15 +186,9 @@ class Cell:
     seed: int
 
     @property
-    def spec(self) -> str:
-        """The schedule as it is written on the command line; the unpruned model's is empty."""
-        return " ".join(f"{method}@{layer}" + (f"={amount}" if isinstance(amount, int) else f":{amount}")
-                        for layer, method, amount in self.schedule)
-
-    @property
     def key(self) -> str:
         """What its answers stand under in answers.jsonl."""
-        return f"{self.spec} seed {self.seed}" if self.schedule else "unpruned"
+        return f"{format_schedule(self.schedule)} seed {self.seed}" if self.schedule else "unpruned"
 
 
 def answer_cells(model, question: Question, image, cells: list[Cell], args) -> dict:
@@ -325,12 +319,12 @@ def summarise(model, benchmark: str, questions: list[Question], done: list[dict]
     image = np.array([places[q.image] for q in questions])
     seeds = defaultdict(list)
     for cell in cells:
-        seeds[cell.spec].append([line["scores"][cell.key] for line in done])
+        seeds[format_schedule(cell.schedule)].append([line["scores"][cell.key] for line in done])
     scores = {spec: 100 * np.mean(runs, 0) for spec, runs in seeds.items()}
     rows = []
-    for spec, cell in {cell.spec: cell for cell in cells}.items():
+    for spec, cell in {format_schedule(cell.schedule): cell for cell in cells}.items():     # as text: 0 == 0.0
         s, schedule = scores[spec], cell.schedule
-        baseline = Cell("", tuple((layer, "random", amount) for layer, _, amount in schedule), 0).spec
+        baseline = format_schedule((layer, "random", amount) for layer, _, amount in schedule)
         tokens = [visual_tokens(schedule, line["visual_tokens"], model.num_layers) for line in done]
         totals = [mme_totals(questions, run) for run in seeds[spec]] if benchmark == "mme" else []
         rows.append({
@@ -348,7 +342,7 @@ def summarise(model, benchmark: str, questions: list[Question], done: list[dict]
 def time_prefill(model, question: Question, cells: list[Cell], args, rounds: int = 7) -> dict:
     """Median milliseconds from the input of layer 0 to the first logits, by spec, alone in its batch; the oracle is not timed."""
     stream = model.begin(read_image(question.image), question.prompt)
-    schedules = {cell.spec: cell.schedule for cell in cells if "info" not in [method for _, method, _ in cell.schedule]}
+    schedules = {format_schedule(cell.schedule): cell.schedule for cell in cells if "info" not in [method for _, method, _ in cell.schedule]}
     spent = defaultdict(list)
     for _ in range(rounds + 1):                         # the first round warms up
         for spec, schedule in schedules.items():
@@ -425,15 +419,15 @@ def plot(report: dict, path: Path):
                 y = place(low, row["score"])[1]
                 for x in range(x0, x1, 8):
                     draw.line((x, y, x + 4, y), "black")
-                draw.text((x1 + 6, y), row["method"], "black", small, anchor="lm")
+                draw.text((x1 - 4, y - 2), row["method"], "black", small, anchor="rs")
         lines = {m: [(row["layer"], row["score"]) for row in rows if row["method"] == m] for m in METHODS}
         for i, (method, points) in enumerate((m, p) for m, p in lines.items() if p):
-            dots = [place(*point) for point in sorted(points)]
-            draw.line(dots, INK.get(method, "#8c564b"), 2, joint="curve")
+            dots, ink = [place(*point) for point in sorted(points)], INK.get(method, "#8c564b")
+            draw.line(dots, ink, 2, joint="curve")
             for x, y in dots:
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), INK.get(method, "#8c564b"))
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), ink)
             y = (y0 + y1) / 2 - 50 + 17 * i
-            draw.line((x1 + 6, y, x1 + 24, y), INK.get(method, "#8c564b"), 3)
+            draw.line((x1 + 6, y, x1 + 24, y), ink, 3)
             draw.text((x1 + 30, y), method, "black", small, anchor="lm")
     picture.save(path)
 
@@ -554,7 +548,7 @@ def parse_schedules(args) -> list[tuple[str, tuple]]:
         if not schedule:
             raise InputError("--schedule: empty, want e.g. 'dart@2=252 random@20:0.9'")
         baseline = tuple((layer, "random", amount) for layer, _, amount in schedule)
-        rows += [(Cell("", stages, 0).spec, stages) for stages in (schedule, baseline)]
+        rows += [(format_schedule(stages), stages) for stages in (schedule, baseline)]
     return rows
 
 

@@ -355,6 +355,12 @@ def parse_schedule(text: str) -> list[tuple[int, str, float | int]]:
     return schedule
 
 
+def format_schedule(schedule) -> str:
+    """The inverse of `parse_schedule`."""
+    return " ".join(f"{method}@{layer}" + (f"={amount}" if isinstance(amount, int) else f":{amount}")
+                    for layer, method, amount in schedule)
+
+
 def check_method(method: str, layer: int):
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; want one of {', '.join(METHODS)}")

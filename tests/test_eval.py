@@ -182,6 +182,16 @@ def test_the_one_loop_answers_as_each_schedule_does_on_its_own(tmp_path):
             assert got["answers"][cell.key] == model.decode(alone)[0]
 
 
+def test_removing_nothing_is_not_taken_for_keeping_nothing(capsys, tmp_path):
+    """0 and 0.0, 1 and 1.0 are equal keys; a ratio and a count are not."""
+    schedules = ["random@0:0", "random@20=1", "random@20:1.0"]
+    flags = [flag for schedule in schedules for flag in ("--schedule", schedule)]
+    _, report = run(capsys, *flags, "--bench", "mme", "--limit", 2, "--out", tmp_path)
+    rows = {row["schedule"]: row for row in report["benchmarks"]["mme"]}
+    assert {spec: (row["kept"], row["seeds"]) for spec, row in rows.items()} == {
+        "": (64, 1), "random@0=0": (0, 1), "random@0:0.0": (64, 1), "random@20=1": (1, 3), "random@20:1.0": (0, 1)}
+
+
 def test_one_picture_is_answered_with_and_without_pruning(capsys, tmp_path):
     picture = next(iter(sorted((TINY / "textvqa" / "train_images").glob("*.jpg"))))
     printed, report = run(capsys, "--image", picture, "--question", "How many shapes are in this image?", "--method", "divprune",

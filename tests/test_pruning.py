@@ -246,7 +246,7 @@ def test_tokens_of_a_window_share_its_information():
     ("", []), ("dart@2=252 random@20=38", [(2, "dart", 252), (20, "random", 38)]),
     ("divprune@0:0.5 random@20:.9", [(0, "divprune", 0.5), (20, "random", 0.9)]), ("random@3:1", [(3, "random", 1.0)])])
 def test_schedules_parse(text, want):
-    assert parse_schedule(text) == want
+    assert parse_schedule(text) == want and parse_schedule(tokprune.format_schedule(want)) == want
     assert [type(amount) for _, _, amount in parse_schedule(text)] == [type(amount) for _, _, amount in want]
 
 
