@@ -104,7 +104,6 @@ def read_config(path: Path) -> Config:
             ("attention_bias", config.text.attention_bias, False),
             ("mlp_bias", config.text.mlp_bias, False),
             ("vision hidden_act", config.vision.hidden_act, "quick_gelu"),
-            ("text hidden_size % heads", config.text.hidden_size % config.text.num_attention_heads, 0),
             ("heads % key/value heads", config.text.num_attention_heads % config.text.num_key_value_heads, 0),
             ("vision hidden_size % heads", config.vision.hidden_size % config.vision.num_attention_heads, 0),
             ("projector_hidden_act", config.projector_hidden_act, "gelu"),
