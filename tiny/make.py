@@ -5,7 +5,8 @@
 
 Every image shows one or two words and one to four shapes at free places and sizes. The training is the ordinary one:
 next-token cross entropy on the answers, every visual token in every layer. Nothing in it knows about pruning.
-It takes about two hours on two CPU cores (127 minutes logged, other work beside it); a CUDA device is used if there is one.
+It takes about two hours on two CPU cores (127 minutes logged, with other work beside it); a CUDA device is used if there
+is one.
 """
 import argparse
 import json
@@ -193,14 +194,17 @@ def ask_top(rng, words, shapes):
 
 def ask_digit(rng, words, shapes):
     """About two words of which one starts with a digit; nothing about others."""
-    asked = [(f"Is the first character of the {color} word a digit?", "Yes" if text[0].isdigit() else "No") for text, color, _ in words]
-    return sorted(asked, key=lambda qa: qa[1] == "No") if len({answer for _, answer in asked}) == 2 else []
+    asked = sorted((first_character(*word) for word in words), key=lambda pair: pair[1] == "No")
+    return asked if len({answer for _, answer in asked}) == 2 else []
 
 
 def ask_any_digit(rng, words, shapes):
     """The same about any word, most of those that start with a letter left out."""
-    return [(f"Is the first character of the {color} word a digit?", "Yes" if text[0].isdigit() else "No")
-            for text, color, _ in words if text[0].isdigit() or rng.random() < 0.3]
+    return [first_character(*word) for word in words if word[0][0].isdigit() or rng.random() < 0.3]
+
+
+def first_character(text, color, _):
+    return f"Is the first character of the {color} word a digit?", "Yes" if text[0].isdigit() else "No"
 
 
 def ask_length(rng, words, shapes):
@@ -213,7 +217,7 @@ def ask_letter(rng, words, shapes):
     """The step before a whole word: one of its glyphs."""
     text, color, _ = rng.choice(words)
     wrong = rng.choice([g for g in GLYPHS if g not in text])
-    return [(f'Is there a "{rng.choice(text)}" in the {color} word?', "Yes"), (f'Is there a "{wrong}" in the {color} word?', "No")]
+    return [(f'Is there a "{g}" in the {color} word?', answer) for g, answer in ((rng.choice(text), "Yes"), (wrong, "No"))]
 
 
 def ask_open(rng, words, shapes):
@@ -519,8 +523,9 @@ def export(model: Llava, tokenizer: Tokenizer, folder: Path):
     files = {
         "config.json": {
             "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": ids["<image>"],
-            "pad_token_id": ids["<pad>"], "image_seq_length": VISUAL, "projector_hidden_act": "gelu", "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16", "vision_feature_layer": -1, "vision_feature_select_strategy": "default",
+            "pad_token_id": ids["<pad>"], "image_seq_length": VISUAL, "projector_hidden_act": "gelu",
+            "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
             "text_config": {"model_type": "llama", "vocab_size": text.vocab_size, "hidden_size": text.hidden_size,
                             "intermediate_size": text.intermediate_size, "num_hidden_layers": text.num_hidden_layers,
                             "num_attention_heads": text.num_attention_heads, "rms_norm_eps": text.rms_norm_eps,
