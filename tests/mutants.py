@@ -26,7 +26,7 @@ MUTANTS = {
         "        y = F.scaled_dot_product_attention(q, k, v,"),
     "interleaved rope": ("a, b = x.chunk(2, -1)\n    return x * cos + torch.cat([-b, a], -1) * sin",
                          "a, b = x[..., ::2], x[..., 1::2]\n    return x * cos + torch.stack([-b, a], -1).flatten(-2) * sin"),
-    "rope theta of the config ignored": ('rope.get("rope_theta", config.text.rope_theta)', "1e4"),
+    "rope theta of the config ignored": ("    config.text.rope_theta = known(", "    ignored = known("),
     "rope theta when the config leaves it out": ("rope_theta: float = 1e4", "rope_theta: float = 1e6"),
     "no softmax scale": ("attn_mask=mask,", "attn_mask=mask, scale=1.0,"),
     "no final norm": ("self.lm_head(self.final_norm(stream.x[:, -1]))", "self.lm_head(stream.x[:, -1])"),

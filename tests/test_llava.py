@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from mutants import MUTANTS
 from samples import images
 
 import model_llava
@@ -206,3 +207,9 @@ def test_answer_id_is_the_token_emitted_after_the_prompt():
     model = model_llava.load(GOLDEN / "llava_tied", "cpu")
     prompt = model.tokenizer.encode("USER: what? ASSISTANT:").ids
     assert model.answer_id("Yes") == model.tokenizer.encode("USER: what? ASSISTANT: Yes").ids[len(prompt)]
+
+
+def test_every_deliberate_mistake_still_applies():
+    """mutants.py replaces lines of model_llava.py; a line that has changed would make it stop half-way."""
+    source = Path(model_llava.__file__).read_text()
+    assert not [name for name, (old, new) in MUTANTS.items() if old not in source or old == new]
