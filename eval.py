@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 import re
+import shlex
 import sys
 import time
 from collections import defaultdict
@@ -342,7 +343,8 @@ def summarise(model, benchmark: str, questions: list[Question], done: list[dict]
 def time_prefill(model, question: Question, cells: list[Cell], args, rounds: int = 7) -> dict:
     """Median milliseconds from the input of layer 0 to the first logits, by spec, alone in its batch; the oracle is not timed."""
     stream = model.begin(read_image(question.image), question.prompt)
-    schedules = {format_schedule(cell.schedule): cell.schedule for cell in cells if "info" not in [method for _, method, _ in cell.schedule]}
+    schedules = {format_schedule(cell.schedule): cell.schedule for cell in cells}
+    schedules = {spec: schedule for spec, schedule in schedules.items() if "info" not in [method for _, method, _ in schedule]}
     spent = defaultdict(list)
     for _ in range(rounds + 1):                         # the first round warms up
         for spec, schedule in schedules.items():
@@ -648,7 +650,7 @@ def main(argv: list[str]):
               f"{weight.device}, {str(weight.dtype)[6:]}, {torch.get_num_threads()} threads; answers in {out}\n")
         if args.plot:
             plot(report["benchmarks"], args.plot)
-    print(json.dumps({"command": " ".join(["eval.py", *argv]), **settings, **report}))
+    print(json.dumps({"command": shlex.join(["eval.py", *argv]), **settings, **report}))
 
 
 if __name__ == "__main__":
