@@ -549,7 +549,7 @@ STAGES = {                                  # steps, decay of the rate over as m
     "answers": (1600, 1600, 1.5e-3, 32),    # tower and 12 layers, on the simple questions
     "more": (2000, 2000, 1.5e-3, 32),       # and sides, and from a color to its shape
     "hard": (2400, 2400, 1.2e-3, 16),       # more often what is learned last
-    "deep": (900, 2500, 1e-3, 16),          # 24 layers
+    "deep": (900, 2500, 1e-3, 16),          # 24 layers; ends while the rate is still high
     "last": (1450, 1450, 9e-4, 16)}         # the questions of the benchmarks
 
 
