@@ -26,6 +26,7 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from eval import SHORT  # noqa: E402
 from model_llava import CLIP_MEAN, CLIP_STD, PROMPT, Config, Llava, TextConfig, VisionConfig, normalize  # noqa: E402
 
 SIDE, PATCH = 112, 14
@@ -34,7 +35,12 @@ COLORS = {"red": (214, 39, 40), "green": (30, 140, 50), "blue": (31, 90, 200), "
           "purple": (140, 60, 170), "black": (20, 20, 20)}
 GLYPHS = "abcdefghkmnprstuvwxy3467"       # no two of them look alike at 20 pixels
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six"]
-SUFFIX = "Answer the question using a single word or phrase."      # of LLaVA's evaluation prompts
+FONTS = {height: ImageFont.load_default(round(height * 0.95)) for height in range(19, 24)}
+# Words that are one token each. Later stages ask with more words; their ids come last, so earlier checkpoints stay valid.
+VOCABULARY = set("""USER ASSISTANT Yes No What does the word say Is there a in this image Are there shapes How many are color is
+    on left right side of above below""".split()) | set(SHAPES) | set(COLORS) | set(NUMBERS) | {"ten", "an", "none"}
+MORE_WORDS = {"Where", "shape", "at", "top", "bottom"}
+LAST_WORDS = ["▁characters", "▁first", "▁character", "▁digit"]
 
 
 # ---- pictures ---------------------------------------------------------------------------------------------------
@@ -115,6 +121,8 @@ def draw_shape(draw, shape, color, box):
 
 
 # ---- questions --------------------------------------------------------------------------------------------------
+# Each takes a scene and returns [(question, answer)], a Yes and a No about the same image where it can. MME, below, says
+# which of them the benchmark asks; the others are for training alone.
 
 def ask_text(rng, words, shapes):
     return [(f"What does the {color} word say?", text) for text, color, _ in words]
@@ -131,7 +139,7 @@ def ask_count(rng, words, shapes):
     return [(f"Are there {NUMBERS[m]} shapes in this image?", a) for m, a in ((n, "Yes"), (wrong, "No"))]
 
 
-def ask_position(rng, words, shapes):
+def ask_relation(rng, words, shapes):
     """About two shapes that stand well apart along the direction asked for; none such, no question."""
     pairs = []
     for i, (a, _, p) in enumerate(shapes):
@@ -188,7 +196,7 @@ def ask_half(rng, words, shapes, halves=HALVES):
 
 
 def ask_top(rng, words, shapes):
-    """Top and bottom alone: the finished model is right about these, and about left and right only four times in five."""
+    """Top and bottom alone: what the finished model knows well enough to be asked."""
     return ask_half(rng, words, shapes, HALVES[1:])
 
 
@@ -208,6 +216,7 @@ def first_character(text, color, _):
 
 
 def ask_length(rng, words, shapes):
+    """How many glyphs a word has, or one more or fewer."""
     text, color, _ = rng.choice(words)
     wrong = rng.choice([m for m in (len(text) - 1, len(text) + 1) if 3 <= m <= 6])
     return [(f"Are there {NUMBERS[m]} characters in the {color} word?", a) for m, a in ((len(text), "Yes"), (wrong, "No"))]
@@ -221,13 +230,13 @@ def ask_letter(rng, words, shapes):
 
 
 def ask_open(rng, words, shapes):
-    """Asked in training alone: answered with a word instead of yes or no."""
+    """Answered with a word instead of yes or no."""
     shape, color, _ = rng.choice(shapes)
     return [(f"What color is the {shape}?", color), ("How many shapes are in this image?", NUMBERS[len(shapes)])]
 
 
 def ask_more(rng, words, shapes):
-    """Asked in training alone: the ways back from a color to its shape and from a word to its color, and where things lie."""
+    """Where things lie, and the ways back: from a color to its shape, from a word to its color."""
     shape, color, (a, b, c, d) = rng.choice(shapes)
     text, hue, _ = rng.choice(words)
     place = ("top" if b + d < SIDE else "bottom") + (" left" if a + c < SIDE else " right")
@@ -238,9 +247,9 @@ def ask_more(rng, words, shapes):
 MME = {"existence": ask_existence, "count": ask_count, "position": ask_top, "color": ask_color, "OCR": ask_digit}
 
 # Of these pairs, which stage of the training asks one question and which both; see STAGES.
-ONE = {"answers": [ask_existence, ask_count, ask_position, ask_color, ask_word], "last": [ask_existence, ask_count, ask_color]}
+ONE = {"answers": [ask_existence, ask_count, ask_relation, ask_color, ask_word], "last": [ask_existence, ask_count, ask_color]}
 ONE["more"] = ONE["hard"] = ONE["deep"] = ONE["answers"] + [ask_side]
-BOTH = {"answers": [], "more": [], "hard": [ask_position, ask_word, ask_side, ask_letter], "deep": [ask_side, ask_length],
+BOTH = {"answers": [], "more": [], "hard": [ask_relation, ask_word, ask_side, ask_letter], "deep": [ask_side, ask_length],
         "last": [ask_half, ask_half, ask_any_digit]}
 
 
@@ -297,11 +306,10 @@ def make_tokenizer() -> Tokenizer:
     The two sentences that stand in every prompt are a token each, so that the small decoder spends its time elsewhere.
     """
     characters = [chr(i) for i in range(33, 127)] + ["\n", "▁"]
-    sentences = [PROMPT.split(" USER")[0], SUFFIX]
+    sentences = [PROMPT.split(" USER")[0], SHORT.strip()]
     tokens = ["<unk>", "<s>", "</s>"] + characters + ["▁" + c for c in characters if c != "▁"]
     for new in (sorted(VOCABULARY), sorted("▁" + w for w in VOCABULARY), ["<image>", "<pad>", *sentences],
-                sorted(MORE_WORDS), sorted("▁" + w for w in MORE_WORDS),
-                ["▁characters", "▁first", "▁character", "▁digit"]):
+                sorted(MORE_WORDS), sorted("▁" + w for w in MORE_WORDS), LAST_WORDS):
         tokens += [t for t in new if t not in tokens]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, unk_token="<unk>", ignore_merges=True,
                                      merges=[("▁", c) for c in characters if c != "▁"]))
@@ -312,12 +320,6 @@ def make_tokenizer() -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in ("<unk>", "<s>", "</s>", "<image>", "<pad>")])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in sentences])
     return tokenizer
-
-
-VOCABULARY = set("""USER ASSISTANT Yes No What does the word say Is there a in this image Are there shapes How many are color is
-    on left right side of above below""".split()) | set(SHAPES) | set(COLORS) | set(NUMBERS) | {"ten", "an", "none"}
-MORE_WORDS = {"Where", "shape", "at", "top", "bottom"}
-FONTS = {height: ImageFont.load_default(round(height * 0.95)) for height in range(19, 24)}
 
 
 # ---- training ---------------------------------------------------------------------------------------------------
@@ -379,7 +381,7 @@ def pack(rng, tokenizer, words, shapes, stage):
     """
     ids, pos, block, targets = [], [], [], []
     for number, (question, answer) in enumerate(training_questions(rng, words, shapes, stage), 1):
-        suffix = "" if rng.random() < 0.2 else "\n" + SUFFIX
+        suffix = "" if rng.random() < 0.2 else SHORT
         prompt = tokenizer.encode(PROMPT.format(question=question + suffix)).ids
         start = prompt.index(tokenizer.token_to_id("<image>"))
         if not ids:
@@ -424,7 +426,7 @@ class LabelHeads(nn.Module):
 
 
 def attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
-    """softmax(QK^T)V spelled out: on a CPU its backward takes about half the time of the fused one's."""
+    """softmax(QK^T)V spelled out: the backward pass of the fused one is slow on a CPU."""
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -1e4)
