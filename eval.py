@@ -27,7 +27,9 @@ from tokprune import (METHODS, NEED_A_LAYER, InputError, check_method, count, fl
                       parse_schedule, per_token, prefill, prune, visual_tokens)
 
 HERE = Path(__file__).resolve().parent
-MODELS = {"llava": model_llava, "llava_llama": model_llava}      # config.json's model_type -> its file
+# config.json's model_type -> the file that implements it; it refuses llava_llama and says what to use instead
+MODELS = {"llava": model_llava, "llava_llama": model_llava}
+WINDOW = 2                      # information is measured in windows of 2x2 tokens, as in the paper
 
 
 # ---- benchmarks -------------------------------------------------------------------------------------------------
@@ -222,9 +224,6 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
         answers |= dict(zip([cell.key for cell in batch], model.decode(model.run(s), args.max_new_tokens)))
     return {"answers": answers, "visual_tokens": N, "text_rows": stream.x.shape[1] - N,
             "ms": round(now() - began, 1), "oracle_ms": round(measured - measuring, 1)}
-
-
-WINDOW = 2                      # information is measured in windows of 2x2 tokens, as in the paper
 
 
 def now() -> float:
@@ -563,15 +562,18 @@ def parse_methods(args, num_layers: int) -> list[tuple[str, tuple]]:
                          "want layers as 20 or 2,10,20 or all, and a ratio as 0.9")
     if not 0 <= ratio <= 1:
         raise InputError(f"--ratio: {args.ratio}, want 0 to 1, the fraction removed")
-    named = args.method.split(",") if args.method else []
+    if args.method:
+        methods = args.method.split(",")
+    else:
+        methods = [method for method in METHODS if not (args.image and method == "info")]
     rows = []
     for layer in layers:
-        for method in dict.fromkeys(["random", *(named or METHODS)]):
-            if layer == 0 and method in NEED_A_LAYER and (not named or args.layer == "all"):
-                continue                                # they start at layer 1 when every method or every layer is asked for
+        for method in dict.fromkeys(["random", *methods]):
+            # "every method" or "every layer" means those that can act; a method and a layer both named must fit
+            if layer == 0 and method in NEED_A_LAYER and (not args.method or args.layer == "all"):
+                continue
             check_method(method, layer)
-            if not (args.image and method == "info" and not named):
-                rows.append((method, ((layer, method, ratio),)))
+            rows.append((method, ((layer, method, ratio),)))
     return rows
 
 

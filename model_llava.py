@@ -139,7 +139,7 @@ def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: not found; a checkpoint folder as published has it")
+        raise InputError(f"{path}: not found; want a JSON file there")
     except (ValueError, OSError, RecursionError) as e:
         raise InputError(f"{path}: not valid JSON ({e})")
     if not isinstance(found, dict):

@@ -272,8 +272,11 @@ def test_error_leaves_with_code_2_and_no_traceback():
 
 # ---- README -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("command", [line.partition("#")[0].strip() for line in (ROOT / "README.md").read_text().splitlines()
-                                     if line.startswith("python eval.py ")])
+COMMANDS = re.findall(r"^(python eval\.py [^#\n]*)", (ROOT / "README.md").read_text(), re.M)
+assert len(COMMANDS) >= 4, f"README.md shows {len(COMMANDS)} commands, want the sweep, a schedule, a picture and a real checkpoint"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_runs(command, capsys, tmp_path, monkeypatch):
     """On two questions; those on the real checkpoints, whose folders are not here, on the built-in ones."""
     monkeypatch.chdir(tmp_path)
