@@ -287,3 +287,13 @@ def test_every_command_of_the_readme_runs(command, capsys, tmp_path, monkeypatch
         flags[flags.index("--plot") + 1] = "plot.png"
     _, report = run(capsys, *flags, *([] if "--image" in flags else ["--limit", 2]), "--out", "out")
     assert report["command"].startswith("eval.py")
+
+
+def test_the_readme_program_runs(capsys, tmp_path, monkeypatch):
+    """The one that loads a checkpoint, on the built-in model and a drawing."""
+    [program] = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "import" in block]
+    monkeypatch.chdir(tmp_path)
+    Path("llava-1.5-7b-hf").symlink_to(TINY / "llava")
+    Image.new("RGB", (90, 60), "orange").save("cat.jpg")
+    exec(program, {})
+    assert re.fullmatch(r"\['.+'\]\n", capsys.readouterr().out)

@@ -100,10 +100,12 @@ def test_sets_are_chosen_in_float32(model, start, info, method):
     """A bfloat16 stream is chosen from as its exact float32 copy is."""
     def cast(stream, dtype):
         kv = [None if kv is None else tuple(t.to(dtype) for t in kv) for kv in stream.cache]
-        return replace(stream, x=stream.x.to(dtype), cache=kv, queries=stream.queries.to(dtype), embeds=stream.embeds.to(dtype))
-    low = cast(model.run(start, stop=1), torch.bfloat16)
+        return replace(stream, x=stream.x.to(dtype), cache=kv, queries=stream.queries.to(dtype),
+                       embeds=stream.embeds.to(dtype))
+
     class Norm:                                             # dart's norm too, on what bfloat16 left of the rows
         final_norm = staticmethod(lambda x: model.final_norm(x.float()))
+    low = cast(model.run(start, stop=1), torch.bfloat16)
     for n in (2, 5, 9):
         assert prune(Norm, low, method, n, info=info).origin.equal(prune(Norm, cast(low, torch.float32), method, n, info=info).origin)
 
