@@ -187,12 +187,13 @@ class Llava(nn.Module):
         if len(places) != 1:
             raise InputError(f"prompt holds {len(places)} <image> tokens (id {self.config.image_token}), want 1: {question!r}")
         start, V = places[0], len(features)
-        text = embed(torch.tensor(ids, device=device))
-        x = torch.cat([text[:start], features, text[start + 1:]])[None]            # (1, T, C)
-        T, side = x.shape[1], self.config.vision.image_size // self.config.vision.patch_size
-        return Stream(layer=0, x=x, pos=torch.arange(T, device=device)[None], next_pos=T, visual=(start, V),
-                      origin=torch.arange(V, device=device)[None], grid=(side, side),
-                      cache=[None] * self.num_layers, queries=None, embeds=x[0], saliency=saliency[0])
+        ids = torch.tensor(ids[:start] + [ids[start]] * V + ids[start + 1:], device=device)
+        x = embed(ids)                                                             # (T, C)
+        x[start:start + V] = features
+        T, side = len(x), self.config.vision.image_size // self.config.vision.patch_size
+        return Stream(layer=0, x=x[None], pos=torch.arange(T, device=device)[None], next_pos=T, visual=(start, V),
+                      origin=torch.arange(V, device=device)[None], grid=(side, side), cache=[None] * self.num_layers,
+                      queries=None, ids=ids, embeds=x, saliency=saliency[0])
 
     @torch.inference_mode()
     def run(self, stream: Stream, stop: int | None = None) -> Stream:
@@ -225,18 +226,27 @@ class Llava(nn.Module):
         return self.lm_head(self.final_norm(stream.x[:, -1])).float()
 
     @torch.inference_mode()
-    def decode(self, stream: Stream, max_new_tokens: int = 16) -> list[str]:
-        """Greedy answers of the B variants, through each layer's own cache. Stops when all have ended."""
+    def decode(self, stream: Stream, max_new_tokens: int = 16, repetition_penalty: float = 1.0) -> list[str]:
+        """Greedy answers of the B variants, through each layer's own cache. Stops when all have ended.
+
+        repetition_penalty: logits of every token of prompt or answer are divided by it, negative ones multiplied, as in
+        transformers; 1 changes nothing and is what LLaVA is evaluated with.
+        """
         answers = [[] for _ in range(len(stream.x))]
         ended = [False] * len(answers)
+        seen = stream.ids.expand(len(answers), -1)                                 # (B, T at first and what is generated)
         for step in range(max_new_tokens):
-            ids = self.logits(stream).argmax(-1)                                   # (B,), ties to the lowest id
+            logits = self.logits(stream)
+            said = logits.gather(1, seen)
+            logits.scatter_(1, seen, torch.where(said < 0, said * repetition_penalty, said / repetition_penalty))
+            ids = logits.argmax(-1)                                                # (B,), ties to the lowest id
             for b, token in enumerate(ids.tolist()):
                 ended[b] = ended[b] or token in self.eos
                 if not ended[b]:
                     answers[b].append(token)
             if all(ended) or step == max_new_tokens - 1:
                 break
+            seen = torch.cat([seen, ids[:, None]], 1)
             stream = self.run(self.append(stream, ids))
         return [self.tokenizer.decode(ids).strip() for ids in answers]
 

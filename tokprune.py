@@ -36,7 +36,8 @@ class Stream:
     grid: tuple[int, int]           # rows and columns of the full image, N = rows * cols
     cache: list                     # per layer (keys, values), each (B or 1, G, T of that layer, D), or None
     queries: Tensor | None          # (B, H, T, D) of the layer just run, for methods that look at attention
-    embeds: Tensor                  # (T at first, C) input embeddings of the whole prompt
+    ids: Tensor                     # (T at first,) token ids of the whole prompt, the image token's repeated
+    embeds: Tensor                  # (T at first, C) their input embeddings, visual tokens in place
     saliency: Tensor                # (N,) how much the vision tower itself attends to each visual token
 
 
@@ -55,6 +56,9 @@ def keep(stream: Stream, idx: Tensor, positions: str = "keep") -> Stream:
     pos = stream.pos.gather(-1, rows.expand(*stream.pos.shape[:-2], -1, -1))                # M-RoPE has an axis more, in front
     next_pos = stream.next_pos
     if positions == "compact":
+        if pos.dim() > 2:
+            raise InputError("positions compact: a visual token of this model has three positions (M-RoPE), its place in the "
+                             "image, and no number to take another's; want keep")
         next_pos = x.shape[1]
         pos = torch.arange(next_pos, device=pos.device).expand(pos.shape)
     return replace(stream, x=x, pos=pos, next_pos=next_pos, visual=(start, idx.shape[1]), origin=stream.origin.gather(1, idx),

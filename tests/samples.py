@@ -20,7 +20,9 @@ def images() -> dict[str, Image.Image]:
     palette.info["transparency"] = 7
     return {"square": noise(56, 56, 3, "RGB"), "wide": noise(150, 61, 3, "RGB"), "tall": noise(37, 90, 3, "RGB"),
             "tiny": noise(9, 5, 3, "RGB"), "grey": noise(70, 41, 1, "L"), "rgba": noise(48, 77, 4, "RGBA"),
-            "grey_alpha": noise(64, 64, 2, "LA"), "palette": palette, "cmyk": noise(81, 60, 4, "CMYK")}
+            "grey_alpha": noise(64, 64, 2, "LA"), "palette": palette, "cmyk": noise(81, 60, 4, "CMYK"),
+            # for windows of 4x4 visual tokens of 28 pixels: smaller at both edges, whole, and a line that is one wide
+            "partial": noise(250, 170, 3, "RGB"), "whole": noise(224, 112, 3, "RGB"), "sign": noise(31, 200, 3, "RGB")}
 
 
 def kept(V: int, layer: int, seed: int = 0) -> list[int]:

@@ -1,0 +1,169 @@
+"""What Qwen2.5-VL alone has: images of every shape, windows, M-RoPE, and a config in three forms."""
+import hashlib
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checkpoints import GOLDEN, begin, load, recording
+from PIL import Image
+from samples import images
+
+import model_qwen
+from tokprune import InputError, keep
+
+PRECISIONS = [(torch.float32, 1e-4), (torch.float64, 1e-5)]
+HUB_7B = {                                                  # as published, what decides nothing left out
+    "model_type": "qwen2_5_vl", "image_token_id": 151655, "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944,
+    "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 32768, "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 152064,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vision_config": {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+                      "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+                      "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2}}
+HUB_3B = HUB_7B | {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_hidden_layers": 36,
+                   "num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 151936,
+                   "vision_config": HUB_7B["vision_config"] | {"out_hidden_size": 2048}}
+
+
+# ---- image ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, bounds", [(name, bounds) for name, found in json.loads((GOLDEN / "pixels.json").read_text()).items()
+                                          for bounds in found if bounds.startswith("qwen")])
+def test_pixels_equal_the_pil_processor_bit_for_bit(name, bounds):
+    """Some halves must go to the even multiple: grey's height 70 is 2.5 tokens of 28 pixels."""
+    (_, rows, cols), want = json.loads((GOLDEN / "pixels.json").read_text())[name][bounds]
+    low, high = map(int, bounds.split()[1:])
+    model = model_qwen.load(GOLDEN / "qwen_tied", "cpu", min_pixels=low, max_pixels=high)
+    pixels, grid = model.preprocess(images()[name])
+    assert grid == (rows // 2, cols // 2)
+    assert hashlib.sha256(pixels.numpy().tobytes()).hexdigest() == want
+
+
+@pytest.mark.parametrize("size, want", [((70, 42), (56, 56)), ((98, 126), (112, 112)), ((100, 60), (112, 56))])
+def test_sides_go_to_the_nearest_multiple_and_halves_to_the_even_one(size, want):
+    assert model_qwen.smart_resize(*size, 28, 1, 10 ** 9) == want
+
+
+def test_image_too_long_is_refused_by_its_size():
+    model = load("qwen_tied")
+    with pytest.raises(InputError, match="image is 2814x14: one side is more than 200 times the other"):
+        model.begin(Image.new("RGB", (2814, 14)), "?")
+    assert model.preprocess(Image.new("RGB", (2800, 14)))[1] == (1, 29)
+
+
+def test_bounds_come_from_the_checkpoint_in_each_form_or_from_the_caller(tmp_path):
+    def bounds(**files):
+        for file in tmp_path.iterdir():
+            file.unlink()
+        (tmp_path / "config.json").write_text(json.dumps(HUB_7B))
+        for name, content in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        c = model_qwen.read_config(tmp_path)
+        return c.min_pixels, c.max_pixels
+    assert bounds() == (3136, 12845056)
+    assert bounds(preprocessor_config={"min_pixels": 5000, "max_pixels": 6000}) == (5000, 6000)
+    assert bounds(preprocessor_config={"size": {"shortest_edge": 5000, "longest_edge": 6000}}) == (5000, 6000)
+    assert bounds(processor_config={"image_processor": {"size": {"shortest_edge": 5000, "longest_edge": 6000}}}) == (5000, 6000)
+
+
+# ---- tower ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+@pytest.mark.parametrize("name", ["qwen_untied", "qwen_tied"])
+def test_tower_and_positions_equal_transformers(name, dtype, tolerance):
+    """Grids with windows cut off on one side, on both, on none, and one token wide. Saliency is the mean over heads and rows
+    of the eager attention of transformers' last block, tokens put back in raster order."""
+    model = load(name, dtype)
+    cases, want = recording(name)
+    grids = set()
+    for case in cases:
+        stream = begin(model, case)
+        start, V = stream.visual
+        close = lambda got, key: torch.testing.assert_close(got, want[f"{case['name']}.{key}"].to(got.dtype), rtol=0, atol=tolerance)
+        close(stream.x[0, start:start + V], "features")
+        close(stream.saliency, "saliency")
+        assert stream.pos[:, 0].equal(want[f"{case['name']}.pos"]) and stream.next_pos == want[f"{case['name']}.next_pos"].item()
+        grids.add(stream.grid)
+    assert grids == {(2, 5), (7, 1), (6, 9), (4, 8)}
+
+
+def test_patch_embedding_is_the_checkpoints_conv3d():
+    tower = load("qwen_tied", torch.float64).visual
+    patches = torch.randn(7, 3 * 2 * 14 * 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight = tower.patch_embed.proj.weight
+    want = F.conv3d(patches.view(7, 3, 2, 14, 14), weight, stride=(2, 14, 14)).flatten(1)
+    torch.testing.assert_close(F.linear(patches, weight.flatten(1)), want)
+
+
+def test_windows_of_a_5_by_6_grid_are_the_ones_drawn_by_hand():
+    """Windows of 4x4 tokens, one patch a token: 16, then 8 at the right, 4 at the bottom, 2 in the corner."""
+    index, back, mask = model_qwen.windows((5, 6), 4, 1, "cpu")
+    found = [row[there[0]].tolist() for row, there in zip(index, mask)]
+    assert found == [[r * 6 + c for r in range(4) for c in range(4)], [r * 6 + c for r in range(4) for c in (4, 5)],
+                     [24, 25, 26, 27], [28, 29]]
+    assert index.flatten()[back].tolist() == list(range(30))
+    assert model_qwen.windows((4, 8), 4, 4, "cpu")[2] is None
+
+
+# ---- positions --------------------------------------------------------------------------------------------------
+
+def test_positions_of_a_3_by_2_image_worked_by_hand():
+    pos, after = model_qwen.positions(2, (3, 2), 10)
+    assert pos.tolist() == [[0, 1, 2, 2, 2, 2, 2, 2, 5, 6], [0, 1, 2, 2, 3, 3, 4, 4, 5, 6], [0, 1, 2, 3, 2, 3, 2, 3, 5, 6]]
+    assert after == 7
+
+
+@pytest.mark.parametrize("kept", [[], [0], [3, 4, 8]])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_decoding_goes_on_from_the_original_maximum_whatever_was_removed(layer, kept):
+    model = load("qwen_untied")
+    start = begin(model, recording("qwen_untied")[0][0])
+    stream = keep(model.run(start, stop=layer), torch.tensor(kept, dtype=torch.long))
+    first = stream.visual[0]
+    assert stream.pos[:, :, first:first + len(kept)].equal(start.pos[:, :, [first + i for i in kept]])
+    token = model.append(model.run(stream), torch.tensor([5]))
+    assert token.pos.flatten().tolist() == [start.pos.max().item() + 1] * 3
+
+
+def test_compact_positions_are_refused():
+    model = load("qwen_tied")
+    with pytest.raises(InputError, match="three positions"):
+        keep(begin(model, recording("qwen_tied")[0][0]), torch.tensor([1]), "compact")
+
+
+# ---- config -----------------------------------------------------------------------------------------------------
+
+def nested(hub, theta_in_rope):
+    """The same settings as transformers 4.57 (False) and 5 (True) save them."""
+    outside = ("model_type", "image_token_id", "vision_config", "tie_word_embeddings")
+    text = {k: v for k, v in hub.items() if k not in outside}
+    section = text.pop("rope_scaling")["mrope_section"]
+    if theta_in_rope:
+        text["rope_parameters"] = {"mrope_section": section, "rope_theta": text.pop("rope_theta"), "rope_type": "default", "type": "mrope"}
+        text["tie_word_embeddings"] = hub["tie_word_embeddings"]
+        return {k: hub[k] for k in outside} | {"text_config": text}
+    text |= {"rope_scaling": {"rope_type": "default", "type": "default", "mrope_section": section},
+             "tie_word_embeddings": hub["tie_word_embeddings"]}
+    return {k: hub[k] for k in outside[:3]} | {"text_config": text}
+
+
+@pytest.mark.parametrize("hub", [HUB_3B, HUB_7B])
+def test_old_new_and_resaved_configs_say_the_same(hub, tmp_path):
+    def read(config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return model_qwen.read_config(tmp_path)
+    want = read(hub)
+    assert want == read(nested(hub, False)) == read(nested(hub, True))
+    assert want == read(hub | {"rope_scaling": {"rope_type": "mrope", "mrope_section": [16, 24, 24]}})
+    assert want == read(hub | {"hidden_size": 1} | {"text_config": nested(hub, True)["text_config"]})     # both: the section counts
+    assert (want.text.rope_theta, want.text.mrope_section, want.text.head_dim, want.factor) == (1e6, [16, 24, 24], 128, 28)
+
+
+@pytest.mark.parametrize("hub, size", [(HUB_3B, 7509245952), (HUB_7B, 16584333312)])
+def test_published_sizes_have_the_published_number_of_bytes(hub, size, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hub))
+    with torch.device("meta"):
+        model = model_qwen.Qwen(model_qwen.read_config(tmp_path), None, set())
+    parameters = sum(p.numel() for name, p in model.named_parameters() if not (hub["tie_word_embeddings"] and "lm_head" in name))
+    assert 2 * parameters == size
