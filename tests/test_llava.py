@@ -1,13 +1,20 @@
 """What LLaVA-1.5 alone has: two ways with an image that is not square, and a config that leaves almost everything out."""
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from checkpoints import GOLDEN, load
-from samples import images
+from samples import QUESTIONS, images
 
 import model_llava
+from tokprune import keep, prune
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load("llava_grouped")
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
@@ -40,3 +47,34 @@ def test_published_config_gets_the_defaults_it_leaves_out(tmp_path):
 def test_rope_theta_is_read_in_old_and_new_form(text, theta, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}))
     assert model_llava.read_config(tmp_path).text.rope_theta == theta
+
+
+def test_saliency_is_how_much_cls_attends_to_each_patch_in_the_last_block(model):
+    """Recomputed with the whole softmax of the block that makes the features, mean over heads."""
+    pixels = model.preprocess(images()["wide"])[None]
+    tower = model.vision_tower
+    x = tower.pre_layrnorm(tower.embeddings(pixels))
+    for block in tower.encoder.layers[:-1]:
+        x = block(x)[0]
+    a = tower.encoder.layers[-1].self_attn
+    y = tower.encoder.layers[-1].layer_norm1(x)
+    q, k = (p(y).view(17, 4, 8).transpose(0, 1) for p in (a.q_proj, a.k_proj))
+    want = (q @ k.transpose(1, 2) / 8 ** 0.5).softmax(-1).mean(0)[0, 1:]
+    torch.testing.assert_close(model.begin(images()["wide"], "?").saliency, want)
+
+
+def test_compact_positions_renumber_and_decoding_goes_on_from_the_shortened_prompt(model):
+    start = model.begin(images()["wide"], QUESTIONS[0])
+    stream = prune(model, model.run(start, stop=1), "random", 4, positions="compact")
+    assert stream.pos[0].tolist() == list(range(stream.x.shape[1])) and stream.next_pos == stream.x.shape[1]
+    kept = prune(model, model.run(start, stop=1), "random", 4)
+    assert kept.next_pos == start.next_pos == start.x.shape[1]
+
+
+def test_compact_pruning_before_layer_0_is_the_model_on_a_shorter_prompt(model):
+    start = model.begin(images()["wide"], QUESTIONS[0])
+    idx = torch.tensor([2, 3, 11])
+    first, V = start.visual
+    rows = [*range(first), *(first + idx).tolist(), *range(first + V, start.x.shape[1])]
+    short = replace(start, x=start.x[:, rows], pos=torch.arange(len(rows))[None], visual=(first, 3))
+    assert model.run(keep(start, idx, "compact")).x.equal(model.run(short).x)

@@ -1,40 +1,52 @@
-"""Properties of pruning, for every method at once, on a small random LLaVA with grouped queries."""
+"""Properties of pruning, for every method at once, on a small random checkpoint of either model, both with grouped queries."""
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import MODULES, decoder, load
 from samples import QUESTIONS, images
 from torch.utils.flop_counter import FlopCounterMode
 
-import model_llava
 import tokprune
 from tokprune import METHODS, NEED_A_LAYER, InputError, keep, parse_schedule, prefill, prune
 
-GOLDEN = Path(__file__).parent / "golden"
 every_method = pytest.mark.parametrize("method", METHODS)
+CHECKPOINTS = ["llava_grouped", "qwen_untied"]          # 4x4 and 4x8 visual tokens
+IMAGE = images()["whole"]
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def checkpoint(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def model():
-    return model_llava.load(GOLDEN / "llava_grouped", "cpu")
+def model(checkpoint):
+    return load(checkpoint)
 
 
 @pytest.fixture(scope="module")
 def start(model):
-    return model.begin(images()["wide"], QUESTIONS[0])
+    return model.begin(IMAGE, QUESTIONS[0])
 
 
 @pytest.fixture(scope="module")
-def info():
-    return torch.randn(16, generator=torch.Generator().manual_seed(0))
+def info(start):
+    return torch.randn(start.visual[1], generator=torch.Generator().manual_seed(0))
+
+
+def heads(model):
+    """Query heads, key/value heads, width of each."""
+    c = model.config.text
+    return c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
 
 @every_method
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 8, 15, 16])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 8, 15, "all but one", "all"])
 @pytest.mark.parametrize("duplicated", [False, True])
 def test_keeps_exactly_n_distinct_visual_tokens_in_order_and_all_text(model, start, info, method, n, duplicated):
     first, V = start.visual
+    n = {"all but one": V - 1, "all": V}.get(n, n)
     full = model.run(start, stop=1)
     if duplicated:                                          # every visual token the same: distances and gains all tie
         full = replace(full, x=full.x.clone())
@@ -43,7 +55,7 @@ def test_keeps_exactly_n_distinct_visual_tokens_in_order_and_all_text(model, sta
     assert pruned.visual == (first, n)
     assert pruned.origin.shape == (1, n) and (pruned.origin.diff() > 0).all()
     assert pruned.x[:, :first].equal(full.x[:, :first]) and pruned.x[:, first + n:].equal(full.x[:, first + V:])
-    assert pruned.pos[:, first:first + n].equal(first + pruned.origin)
+    assert pruned.pos[..., first:first + n].equal(full.pos[..., first + pruned.origin[0]]) and pruned.next_pos == full.next_pos
     if method == "sparsevlm" and 0 < n < V:                 # which merges: the rows it returned are the rows that go on
         idx, rows = METHODS[method](tokprune.view_of(model, full, 0, 0, info), n)
         assert pruned.x[0, first:first + n].equal(full.x[0, first + idx] if rows is None else rows)
@@ -51,48 +63,33 @@ def test_keeps_exactly_n_distinct_visual_tokens_in_order_and_all_text(model, sta
         assert pruned.x[0, first:first + n].equal(full.x[0, first + pruned.origin[0]])
 
 
-def test_sparsevlm_merges_where_there_is_room():
+def test_sparsevlm_merges_where_there_is_room(model, start):
     """Otherwise the test above compares nothing merged."""
-    model = model_llava.load(GOLDEN / "llava_grouped", "cpu")
-    stream = model.run(model.begin(images()["wide"], QUESTIONS[0]), stop=1)
+    stream = model.run(start, stop=1)
     idx, rows = METHODS["sparsevlm"](tokprune.view_of(model, stream, 0, 0, None), 8)
     assert not torch.equal(rows, stream.x[0, stream.visual[0] + idx])
 
 
-def test_a_view_shows_the_layer_before_and_the_tokens_that_are_left(model, start, info):
+def test_a_view_shows_the_layer_before_and_the_tokens_that_are_left(checkpoint, model, start, info):
     """Everything in a second-stage View recomputed by hand, for the second of two variants."""
     stream = model.run(prune(model, model.run(start, stop=1), ["random", "divprune"], 7, info=info), stop=2)
     view, b, (first, V) = tokprune.view_of(model, stream, 1, 3, info), 1, stream.visual
-    layer = model.language_model.layers[1]
+    layer, (H, G, D), rotate = decoder(model).layers[1], heads(model), MODULES[checkpoint].rotate
     before = prune(model, model.run(start, stop=1), "divprune", 7)
     y, rope = layer.input_layernorm(before.x), model.rope(before.pos, torch.float32)
     T = before.x.shape[1]
-    q = model_llava.rotate(layer.self_attn.q_proj(y).view(1, T, 4, 16).transpose(1, 2), rope)[0]
-    k = model_llava.rotate(layer.self_attn.k_proj(y).view(1, T, 2, 16).transpose(1, 2), rope)[0]
-    scores = (q @ k.repeat_interleave(2, 0).transpose(1, 2) / 4).masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
+    q = rotate(layer.self_attn.q_proj(y).view(1, T, H, D).transpose(1, 2), rope)[0]
+    k = rotate(layer.self_attn.k_proj(y).view(1, T, G, D).transpose(1, 2), rope)[0]
+    scores = (q @ k.repeat_interleave(H // G, 0).transpose(1, 2) / D ** 0.5).masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
     close = lambda got, want: torch.testing.assert_close(got, want, rtol=0, atol=1e-5)     # float32, other batch size
     close(view.keys, k.transpose(0, 1).flatten(1))
     close(view.attention(torch.tensor([3, T - 1])), scores.softmax(-1)[:, [3, T - 1]])
     close(view.x, model.run(before, stop=2).x[0])
-    close(view.normed(), model.language_model.norm(view.x))
+    close(view.normed(), decoder(model).norm(view.x))
     assert view.layer == 2 and view.visual == (first, 7) and view.origin.equal(before.origin[0])
     assert view.saliency.equal(start.saliency[view.origin]) and view.info.equal(info[view.origin])
-    assert view.embeds.equal(start.x[0]) and view.embeds_visual == (first, 16)
+    assert view.embeds.equal(start.x[0]) and view.embeds_visual == (first, start.visual[1])
     assert view.rng.initial_seed() != tokprune.view_of(model, model.run(start, stop=1), 0, 3, info).rng.initial_seed()
-
-
-def test_saliency_is_how_much_cls_attends_to_each_patch_in_the_last_block(model):
-    """Recomputed with the whole softmax of the block that makes the features, mean over heads."""
-    pixels = model.preprocess(images()["wide"])[None]
-    tower = model.vision_tower
-    x = tower.pre_layrnorm(tower.embeddings(pixels))
-    for block in tower.encoder.layers[:-1]:
-        x = block(x)[0]
-    a = tower.encoder.layers[-1].self_attn
-    y = tower.encoder.layers[-1].layer_norm1(x)
-    q, k = (p(y).view(17, 4, 8).transpose(0, 1) for p in (a.q_proj, a.k_proj))
-    want = (q @ k.transpose(1, 2) / 8 ** 0.5).softmax(-1).mean(0)[0, 1:]
-    torch.testing.assert_close(model.begin(images()["wide"], "?").saliency, want)
 
 
 @every_method
@@ -113,7 +110,7 @@ def test_sets_are_chosen_in_float32(model, start, info, method):
 @every_method
 def test_keeping_all_is_bitwise_the_unpruned_model(model, start, info, method):
     stream = model.run(start, stop=1)
-    want, got = model.run(stream), model.run(prune(model, stream, method, 16, info=info))
+    want, got = model.run(stream), model.run(prune(model, stream, method, start.visual[1], info=info))
     assert got.x.equal(want.x) and all(a.equal(b) for x, y in zip(got.cache, want.cache) for a, b in zip(x, y))
 
 
@@ -140,8 +137,9 @@ def test_decoding_through_the_ragged_cache_equals_one_teacher_forced_pass(model,
         tokens.append(logits[-1].argmax())
         stream = model.run(model.append(stream, tokens[-1][None]))
 
-    answer = model.language_model.embed_tokens(torch.stack(tokens))[None]
-    forced = replace(start, x=torch.cat([start.x, answer], 1), pos=torch.arange(start.next_pos + 5)[None])
+    answer = decoder(model).embed_tokens(torch.stack(tokens))[None]
+    after = (start.next_pos + torch.arange(5)).expand(*start.pos.shape[:-1], 5)
+    forced = replace(start, x=torch.cat([start.x, answer], 1), pos=torch.cat([start.pos, after], -1))
     for layer, (origin, rows) in zip(layers, kept):
         forced = model.run(forced, stop=layer)
         forced = keep(forced, torch.isin(forced.origin[0], origin).nonzero()[:, 0])
@@ -181,23 +179,9 @@ def test_pruned_tokens_are_not_kept_alive_by_views(model, start):
     stream = model.run(prune(model, model.run(start, stop=1), "random", 4))
     for layer, (k, v) in enumerate(stream.cache):
         rows = stream.x.shape[1] if layer else start.x.shape[1]
-        assert k.shape == v.shape == (1, 2, rows, 16)
-        assert v.untyped_storage().nbytes() == k.untyped_storage().nbytes() == 2 * rows * 16 * 4
-
-
-def test_compact_positions_renumber_and_decoding_goes_on_from_the_shortened_prompt(model, start):
-    stream = prune(model, model.run(start, stop=1), "random", 4, positions="compact")
-    assert stream.pos[0].tolist() == list(range(stream.x.shape[1])) and stream.next_pos == stream.x.shape[1]
-    kept = prune(model, model.run(start, stop=1), "random", 4)
-    assert kept.next_pos == start.next_pos == start.x.shape[1]
-
-
-def test_compact_pruning_before_layer_0_is_the_model_on_a_shorter_prompt(model, start):
-    idx = torch.tensor([2, 3, 11])
-    first, V = start.visual
-    rows = [*range(first), *(first + idx).tolist(), *range(first + V, start.x.shape[1])]
-    short = replace(start, x=start.x[:, rows], pos=torch.arange(len(rows))[None], visual=(first, 3))
-    assert model.run(keep(start, idx, "compact")).x.equal(model.run(short).x)
+        _, G, D = heads(model)
+        assert k.shape == v.shape == (1, G, rows, D)
+        assert v.untyped_storage().nbytes() == k.untyped_storage().nbytes() == G * rows * D * 4
 
 
 @every_method
@@ -218,22 +202,21 @@ def test_choosing_twice_at_one_layer_is_refused_where_attention_is_gone(model, s
 # ---- information ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("window", [1, 2, 3])
-def test_keep_one_information_equals_the_naive_loop(model, window):
-    """Each window its own forward pass through plain removal; windows at the edge of the 4x4 grid are smaller for 3."""
-    image, question, answer, layers = images()["tall"], QUESTIONS[1], "Yes", [0, 1, 2]
-    found = tokprune.information(model, image, question, answer, layers, window)
-    start = model.begin(image, question)
+def test_keep_one_information_equals_the_naive_loop(model, start, window):
+    """Each window its own forward pass through plain removal; windows at the edge of the grid are smaller for 3."""
+    question, answer, layers, (rows, cols) = QUESTIONS[1], "Yes", [0, 1, 2], start.grid
+    found = tokprune.information(model, IMAGE, question, answer, layers, window)
+    start = model.begin(IMAGE, question)
 
     def probability(layer, tokens):
         stream = keep(model.run(start, stop=layer), torch.tensor(tokens, dtype=torch.long))
         return model.logits(model.run(stream)).softmax(-1)[0, model.answer_id(answer)]
-    side = -(-4 // window)
-    assert found.shape == (3, side, side)
+    assert found.shape == (3, -(-rows // window), -(-cols // window))
     for i, layer in enumerate(layers):
         none = probability(layer, [])
-        for r in range(side):
-            for c in range(side):
-                tokens = [t for t in range(16) if t // 4 // window == r and t % 4 // window == c]
+        for r in range(found.shape[1]):
+            for c in range(found.shape[2]):
+                tokens = [t for t in range(rows * cols) if t // cols // window == r and t % cols // window == c]
                 assert found[i, r, c].item() == pytest.approx((probability(layer, tokens) - none).item(), abs=1e-5)
 
 
@@ -272,25 +255,26 @@ def test_mean_visual_tokens_of_the_papers_schedules(schedule, mean):
 
 def test_prefill_under_a_schedule_keeps_what_it_says(model, start):
     stream = prefill(model, start, parse_schedule("divprune@0:0.5 random@2=3"))
-    assert stream.visual[1] == 3 and [k.shape[2] - start.x.shape[1] + 16 for k, _ in stream.cache] == [8, 8, 3]
+    V = start.visual[1]
+    assert stream.visual[1] == 3 and [k.shape[2] - start.x.shape[1] + V for k, _ in stream.cache] == [V // 2, V // 2, 3]
 
 
 def test_flops_equal_what_torch_counts(model, start):
     """Of the linear layers exactly; torch counts the whole attention square, we its causal half."""
     def linear(module, rows):
         with FlopCounterMode(display=False) as counter:
-            for layer in model.language_model.layers:
-                x = torch.zeros(1, rows, 64)
+            for layer in decoder(model).layers:
+                x = torch.zeros(1, rows, model.config.text.hidden_size)
                 a = layer.self_attn
                 layer.mlp(x), a.q_proj(x), a.k_proj(x), a.v_proj(x), a.o_proj(x)
         return counter.get_total_flops()
-    rows, heads, D = start.x.shape[1], 4, 16
-    attention = 3 * 2 * rows * rows * heads * D
+    rows, (H, _, D) = start.x.shape[1], heads(model)
+    attention = 3 * 2 * rows * rows * H * D
     assert tokprune.flops(model.config.text, [rows] * 3) == linear(model, rows) + attention
 
 
 def test_answer_under_a_schedule_is_the_decoded_prefill(model, start):
     schedule = parse_schedule("divprune@0=0")
     want = model.decode(prefill(model, start, schedule), 12)[0]
-    assert model.answer(images()["wide"], QUESTIONS[0], schedule, 12) == want
-    assert want != model.answer(images()["wide"], QUESTIONS[0], max_new_tokens=12)
+    assert model.answer(IMAGE, QUESTIONS[0], schedule, 12) == want
+    assert want != model.answer(IMAGE, QUESTIONS[0], max_new_tokens=12)
