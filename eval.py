@@ -23,12 +23,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import model_llava
+import model_qwen
 from tokprune import (METHODS, NEED_A_LAYER, InputError, check_method, count, flops, format_schedule, keep_one,
                       parse_schedule, per_token, prefill, prune, visual_tokens)
 
 HERE = Path(__file__).resolve().parent
 # config.json's model_type -> the file that implements it; it refuses llava_llama and says what to use instead
-MODELS = {"llava": model_llava, "llava_llama": model_llava}
+MODELS = {"llava": model_llava, "llava_llama": model_llava, "qwen2_5_vl": model_qwen}
 WINDOW = 2                      # information is measured in windows of 2x2 tokens, as in the paper
 
 
@@ -221,7 +222,7 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
         for i, (layer, n) in enumerate(plan):
             s = prune(model, model.run(s, stop=layer), [cell.schedule[i][1] for cell in batch], n,
                       [cell.seed + question.seed for cell in batch], oracle.get(layer), args.positions)
-        answers |= dict(zip([cell.key for cell in batch], model.decode(model.run(s), args.max_new_tokens)))
+        answers |= dict(zip([cell.key for cell in batch], model.decode(model.run(s), args.max_new_tokens, args.repetition_penalty)))
     return {"answers": answers, "visual_tokens": N, "text_rows": stream.x.shape[1] - N,
             "ms": round(now() - began, 1), "oracle_ms": round(measured - measuring, 1)}
 
@@ -461,7 +462,7 @@ def show_image(model, image: Image.Image, args, cells: list[Cell], out: Path) ->
     answers, panels = {}, []
     for cell in cells:
         s = prefill(model, stream, cell.schedule, cell.seed, args.positions)
-        answers[cell.key] = model.decode(s, args.max_new_tokens)[0]
+        answers[cell.key] = model.decode(s, args.max_new_tokens, args.repetition_penalty)[0]
         panels.append((f"{cell.row}: {answers[cell.key]}", s.origin[0].tolist()))
         print(f"{cell.row:12} {s.visual[1]:5} visual tokens    {answers[cell.key]}")
     overlay(model.canvas(image), panels, stream.grid, out / "overlay.png")
@@ -496,16 +497,22 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: bfloat16 on cuda, float32 on cpu)")
     p.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="(default: 16)")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P",
+                   help="logits of tokens seen are divided by it (default: 1, no penalty)")
+    p.add_argument("--min-pixels", type=int, metavar="N", help="area of a resized image at least; Qwen (default: the checkpoint's)")
+    p.add_argument("--max-pixels", type=int, metavar="N", help="and at most")
     p.add_argument("--positions", choices=["keep", "compact"], default="keep",
-                   help="of kept tokens: original or renumbered (default: keep)")
+                   help="of kept tokens: original or renumbered; LLaVA (default: keep)")
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw score against layer")
     p.add_argument("--image", type=Path, help="one picture instead of the benchmarks; with --question")
     p.add_argument("--question", help="what to ask about --image")
     args = p.parse_args(argv)
-    for flag, low in (("limit", 1), ("seed", 0), ("seeds", 1), ("max_new_tokens", 1)):
+    for flag, low in (("limit", 1), ("seed", 0), ("seeds", 1), ("max_new_tokens", 1), ("min_pixels", 1), ("max_pixels", 1)):
         value = getattr(args, flag)
         if value is not None and not low <= value < 2 ** 31:
             raise InputError(f"--{flag.replace('_', '-')}: {value}, want {low} or more, below 2^31")
+    if not 0 < args.repetition_penalty < float("inf"):
+        raise InputError(f"--repetition-penalty: {args.repetition_penalty}, want a number above 0; 1 is no penalty")
     args.bench = args.bench.split(",")
     for benchmark in args.bench:
         if benchmark not in BENCHMARKS:
@@ -590,8 +597,14 @@ def load_model(args):
     kind = model_llava.read_json(args.model / "config.json").get("model_type")
     if kind not in MODELS:
         raise InputError(f"--model {args.model}: model_type is {kind!r}, want one of {', '.join(MODELS)}")
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    return MODELS[kind].read_config(args.model).text.num_hidden_layers, lambda: MODELS[kind].load(args.model, device, dtype)
+    module, dtype, pixels = MODELS[kind], getattr(torch, args.dtype) if args.dtype else None, {}
+    if module is model_qwen:
+        pixels = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+        if args.positions == "compact":
+            raise InputError("--positions compact: a visual token of Qwen2.5-VL has three positions, its place in the image; want keep")
+    elif args.min_pixels or args.max_pixels:
+        raise InputError("--min-pixels, --max-pixels: LLaVA-1.5 sees every image at one size; these are for Qwen2.5-VL")
+    return module.read_config(args.model).text.num_hidden_layers, lambda: module.load(args.model, device, dtype, **pixels)
 
 
 def fingerprint(args, data: dict) -> dict:
@@ -633,7 +646,8 @@ def main(argv: list[str]):
     weight = next(model.parameters())
     settings = {"model": str(args.model), "data": str(args.data), "device": str(weight.device), "dtype": str(weight.dtype)[6:],
                 "cells": [cell.key for cell in cells], "limit": args.limit, "seed": args.seed,
-                "max_new_tokens": args.max_new_tokens, "positions": args.positions, **fingerprint(args, data)}
+                "max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty,
+                **{bound: getattr(model.config, bound, None) for bound in ("min_pixels", "max_pixels")}, "positions": args.positions, **fingerprint(args, data)}
     out = open_folder(args, argv, settings)
     if image:
         report = {"question": args.question, "answers": show_image(model, image, args, cells, out)}
@@ -649,7 +663,8 @@ def main(argv: list[str]):
                 rows = report["benchmarks"][benchmark] = [row | {"prefill_ms": milliseconds.get(row["schedule"])} for row in rows]
             print_table(benchmark, rows)
         print(f"{seconds[0]:.0f} s for the questions, {seconds[1]:.0f} s of them the oracle's measuring (info); "
-              f"{weight.device}, {str(weight.dtype)[6:]}, {torch.get_num_threads()} threads; answers in {out}\n")
+              f"{weight.device}, {str(weight.dtype)[6:]}, {torch.get_num_threads()} threads; "
+              f"repetition penalty {args.repetition_penalty:g}; answers in {out}\n")
         if args.plot:
             plot(report["benchmarks"], args.plot)
     print(json.dumps({"command": shlex.join(["eval.py", *argv]), **settings, **report}))

@@ -89,7 +89,7 @@ def test_no_test_image_can_be_a_training_image(monkeypatch):
     import make
     for test in (True, False):
         rng = random.Random(test)
-        words = [text for _ in range(100) for text, _, _ in make.draw_scene(rng, test)[1]]
+        words = [text for _ in range(100) for text, _, _ in make.draw_scene(rng, test).words]
         assert len(words) >= 100 and {zlib.crc32(word.encode()) % 8 == 0 for word in words} == {test}
     assert all(zlib.crc32(q.gold.encode()) % 8 == 0 for q in BENCHMARKS["textvqa"][0](TINY))
 

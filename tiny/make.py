@@ -12,9 +12,11 @@ import argparse
 import json
 import math
 import random
+import re
 import sys
 import time
 import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +29,10 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from eval import SHORT  # noqa: E402
-from model_llava import CLIP_MEAN, CLIP_STD, PROMPT, Config, Llava, TextConfig, VisionConfig, normalize  # noqa: E402
+import model_llava  # noqa: E402
+import model_qwen  # noqa: E402
+from model_llava import CLIP_MEAN, CLIP_STD, Llava, normalize  # noqa: E402
+from model_qwen import Qwen  # noqa: E402
 
 SIDE, PATCH = 112, 14
 SHAPES = ["circle", "square", "triangle", "cross", "star", "ring"]
@@ -45,23 +50,31 @@ LAST_WORDS = ["▁characters", "▁first", "▁character", "▁digit"]
 
 # ---- pictures ---------------------------------------------------------------------------------------------------
 
-def draw_scene(rng: random.Random, test: bool):
-    """-> image, words [(text, color, cells)], shapes [(shape, color, box)]; boxes in pixels, no two overlap."""
+@dataclass
+class Scene:
+    image: Image.Image
+    words: list         # (text, color, [(glyph, box)])
+    shapes: list        # (shape, color, box); boxes are in pixels, no two overlap
+
+
+def draw_scene(rng: random.Random, test: bool, size=(SIDE, SIDE)) -> Scene:
     while True:                                                # a crowded start may leave no room: start again
         boxes = []
         words = [(new_word(rng, test), color) for color in rng.sample(list(COLORS), rng.choice([1, 2]))]
         shapes = list(zip(rng.sample(SHAPES, rng.randint(1, 4)), rng.choices(list(COLORS), k=4)))
-        sizes = [(rng.randint(14, 16) * len(text), rng.randint(19, 23)) for text, _ in words]
-        sizes += [(side, side) for side in (rng.randint(16, 28) for _ in shapes)]
-        for w, h in sizes:
+        sides = [(rng.randint(14, 16) * len(text), rng.randint(19, 23)) for text, _ in words]
+        sides += [(side, side) for side in (rng.randint(16, 28) for _ in shapes)]
+        for w, h in sides:
+            if w + 2 > size[0]:
+                break
             for _ in range(60):
-                x, y = rng.randint(1, SIDE - w - 1), rng.randint(1, SIDE - h - 1)
+                x, y = rng.randint(1, size[0] - w - 1), rng.randint(1, size[1] - h - 1)
                 if all(x + w + 1 < a or c + 1 < x or y + h + 1 < b or d + 1 < y for a, b, c, d in boxes):
                     boxes.append((x, y, x + w, y + h))
                     break
-        if len(boxes) == len(sizes):
+        if len(boxes) == len(sides):
             break
-    image = background(rng)
+    image = background(rng, size)
     draw = ImageDraw.Draw(image)
     placed = []
     for (text, color), box in zip(words, boxes):
@@ -69,7 +82,7 @@ def draw_scene(rng: random.Random, test: bool):
     shapes = [(shape, color, box) for (shape, color), box in zip(shapes, boxes[len(words):])]
     for shape, color, box in shapes:
         draw_shape(draw, shape, COLORS[color], box)
-    return image, placed, shapes
+    return Scene(image, placed, shapes)
 
 
 def new_word(rng: random.Random, test: bool) -> str:
@@ -80,14 +93,14 @@ def new_word(rng: random.Random, test: bool) -> str:
             return word
 
 
-def background(rng: random.Random) -> Image.Image:
+def background(rng: random.Random, size) -> Image.Image:
     """Light paper with a slow gradient and a few pale strokes."""
     a, b = ([rng.randint(205, 255) for _ in range(3)] for _ in range(2))
-    ramp = Image.linear_gradient("L").rotate(rng.choice([0, 90, 180, 270])).resize((SIDE, SIDE))
-    image = Image.composite(Image.new("RGB", (SIDE, SIDE), tuple(a)), Image.new("RGB", (SIDE, SIDE), tuple(b)), ramp)
+    ramp = Image.linear_gradient("L").rotate(rng.choice([0, 90, 180, 270])).resize(size)
+    image = Image.composite(Image.new("RGB", size, tuple(a)), Image.new("RGB", size, tuple(b)), ramp)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randint(0, 4)):
-        draw.line([rng.randint(0, SIDE) for _ in range(4)], tuple(rng.randint(185, 235) for _ in range(3)), rng.randint(1, 3))
+        draw.line([rng.randint(0, size[i % 2]) for i in range(4)], tuple(rng.randint(185, 235) for _ in range(3)), rng.randint(1, 3))
     return image
 
 
@@ -124,26 +137,26 @@ def draw_shape(draw, shape, color, box):
 # Each takes a scene and returns [(question, answer)], a Yes and a No about the same image where it can. MME, below, says
 # which of them the benchmark asks; the others are for training alone.
 
-def ask_text(rng, words, shapes):
-    return [(f"What does the {color} word say?", text) for text, color, _ in words]
+def ask_text(rng, scene):
+    return [(f"What does the {color} word say?", text) for text, color, _ in scene.words]
 
 
-def ask_existence(rng, words, shapes):
-    present, absent = rng.choice(shapes)[0], rng.choice([s for s in SHAPES if s not in [x[0] for x in shapes]])
+def ask_existence(rng, scene):
+    present, absent = rng.choice(scene.shapes)[0], rng.choice([s for s in SHAPES if s not in [x[0] for x in scene.shapes]])
     return [(f"Is there a {present} in this image?", "Yes"), (f"Is there a {absent} in this image?", "No")]
 
 
-def ask_count(rng, words, shapes):
-    n = len(shapes)
+def ask_count(rng, scene):
+    n = len(scene.shapes)
     wrong = rng.choice([m for m in (n - 1, n + 1) if m > 0])
     return [(f"Are there {NUMBERS[m]} shapes in this image?", a) for m, a in ((n, "Yes"), (wrong, "No"))]
 
 
-def ask_relation(rng, words, shapes):
+def ask_relation(rng, scene):
     """About two shapes that stand well apart along the direction asked for; none such, no question."""
     pairs = []
-    for i, (a, _, p) in enumerate(shapes):
-        for b, _, q in shapes[:i] + shapes[i + 1:]:
+    for i, (a, _, p) in enumerate(scene.shapes):
+        for b, _, q in scene.shapes[:i] + scene.shapes[i + 1:]:
             dx, dy = (q[0] + q[2] - p[0] - p[2]) / 2, (q[1] + q[3] - p[1] - p[3]) / 2
             pairs += [(a, b, "on the left side of", "on the right side of")] * (dx > 20)
             pairs += [(a, b, "above", "below")] * (dy > 20)
@@ -155,27 +168,27 @@ def ask_relation(rng, words, shapes):
     return [(f"Is the {a} {right} the {b}?", "Yes"), (f"Is the {a} {wrong} the {b}?", "No")]
 
 
-def ask_color(rng, words, shapes):
-    shape, color, _ = rng.choice(shapes)
+def ask_color(rng, scene):
+    shape, color, _ = rng.choice(scene.shapes)
     wrong = rng.choice([c for c in COLORS if c != color])
     return [(f"Is the {shape} {color}?", "Yes"), (f"Is the {shape} {wrong}?", "No")]
 
 
-def ask_word(rng, words, shapes):
+def ask_word(rng, scene):
     """The wrong word has the right length and differs in at least two places."""
-    text, color, _ = rng.choice(words)
+    text, color, _ = rng.choice(scene.words)
     wrong = text
     while sum(a != b for a, b in zip(text, wrong)) < 2:
         wrong = "".join(rng.choices(GLYPHS, k=len(text)))
     return [(f'Is the {color} word "{text}"?', "Yes"), (f'Is the {color} word "{wrong}"?', "No")]
 
 
-def ask_side(rng, words, shapes):
+def ask_side(rng, scene):
     """About the half of the image a shape lies in, if it is clear of the middle."""
-    shape, _, (a, b, c, d) = rng.choice(shapes)
-    pairs = []
-    for near, first, second in ((a + c, "on the left side", "on the right side"), (b + d, "at the top", "at the bottom")):
-        pairs += [(first, second)] * (near < SIDE - 16) + [(second, first)] * (near > SIDE + 16)
+    shape, _, (a, b, c, d) = rng.choice(scene.shapes)
+    pairs, (width, height) = [], scene.image.size
+    for at, middle, first, second in ((a + c, width, "on the left side", "on the right side"), (b + d, height, "at the top", "at the bottom")):
+        pairs += [(first, second)] * (at < middle - 16) + [(second, first)] * (at > middle + 16)
     if not pairs:
         return []
     right, wrong = rng.choice(pairs)
@@ -185,63 +198,64 @@ def ask_side(rng, words, shapes):
 HALVES = [(0, "on the left side"), (1, "at the top")]
 
 
-def ask_half(rng, words, shapes, halves=HALVES):
+def ask_half(rng, scene, halves=HALVES):
     """About two shapes, one clear of the middle to the left or the top, one to the right or the bottom."""
     axis, where = rng.choice(halves)
-    first = [shape for shape, _, box in shapes if box[axis] + box[axis + 2] < SIDE - 16]
-    second = [shape for shape, _, box in shapes if box[axis] + box[axis + 2] > SIDE + 16]
+    first = [shape for shape, _, box in scene.shapes if box[axis] + box[axis + 2] < scene.image.size[axis] - 16]
+    second = [shape for shape, _, box in scene.shapes if box[axis] + box[axis + 2] > scene.image.size[axis] + 16]
     if not first or not second:
         return []
     return [(f"Is the {rng.choice(half)} {where} of this image?", answer) for half, answer in ((first, "Yes"), (second, "No"))]
 
 
-def ask_top(rng, words, shapes):
+def ask_top(rng, scene):
     """Top and bottom alone: what the finished model knows well enough to be asked."""
-    return ask_half(rng, words, shapes, HALVES[1:])
+    return ask_half(rng, scene, HALVES[1:])
 
 
-def ask_digit(rng, words, shapes):
+def ask_digit(rng, scene):
     """About two words of which one starts with a digit; nothing about others."""
-    asked = sorted((first_character(*word) for word in words), key=lambda pair: pair[1] == "No")
+    asked = sorted((first_character(*word) for word in scene.words), key=lambda pair: pair[1] == "No")
     return asked if len({answer for _, answer in asked}) == 2 else []
 
 
-def ask_any_digit(rng, words, shapes):
+def ask_any_digit(rng, scene):
     """The same about any word, most of those that start with a letter left out."""
-    return [first_character(*word) for word in words if word[0][0].isdigit() or rng.random() < 0.3]
+    return [first_character(*word) for word in scene.words if word[0][0].isdigit() or rng.random() < 0.3]
 
 
 def first_character(text, color, _):
     return f"Is the first character of the {color} word a digit?", "Yes" if text[0].isdigit() else "No"
 
 
-def ask_length(rng, words, shapes):
+def ask_length(rng, scene):
     """How many glyphs a word has, or one more or fewer."""
-    text, color, _ = rng.choice(words)
+    text, color, _ = rng.choice(scene.words)
     wrong = rng.choice([m for m in (len(text) - 1, len(text) + 1) if 3 <= m <= 6])
     return [(f"Are there {NUMBERS[m]} characters in the {color} word?", a) for m, a in ((len(text), "Yes"), (wrong, "No"))]
 
 
-def ask_letter(rng, words, shapes):
+def ask_letter(rng, scene):
     """The step before a whole word: one of its glyphs."""
-    text, color, _ = rng.choice(words)
+    text, color, _ = rng.choice(scene.words)
     wrong = rng.choice([g for g in GLYPHS if g not in text])
     return [(f'Is there a "{g}" in the {color} word?', answer) for g, answer in ((rng.choice(text), "Yes"), (wrong, "No"))]
 
 
-def ask_open(rng, words, shapes):
+def ask_open(rng, scene):
     """Answered with a word instead of yes or no."""
-    shape, color, _ = rng.choice(shapes)
-    return [(f"What color is the {shape}?", color), ("How many shapes are in this image?", NUMBERS[len(shapes)])]
+    shape, color, _ = rng.choice(scene.shapes)
+    return [(f"What color is the {shape}?", color), ("How many shapes are in this image?", NUMBERS[len(scene.shapes)])]
 
 
-def ask_more(rng, words, shapes):
+def ask_more(rng, scene):
     """Where things lie, and the ways back: from a color to its shape, from a word to its color."""
-    shape, color, (a, b, c, d) = rng.choice(shapes)
-    text, hue, _ = rng.choice(words)
-    place = ("top" if b + d < SIDE else "bottom") + (" left" if a + c < SIDE else " right")
+    shape, color, (a, b, c, d) = rng.choice(scene.shapes)
+    text, hue, _ = rng.choice(scene.words)
+    width, height = scene.image.size
+    place = ("top" if b + d < height else "bottom") + (" left" if a + c < width else " right")
     asked = [(f"Where is the {shape}?", place), (f'What color is the word "{text}"?', hue)]
-    return asked + [(f"What shape is {color}?", shape)] * (sum(x[1] == color for x in shapes) == 1)
+    return asked + [(f"What shape is {color}?", shape)] * (sum(x[1] == color for x in scene.shapes) == 1)
 
 
 MME = {"existence": ask_existence, "count": ask_count, "position": ask_top, "color": ask_color, "OCR": ask_digit}
@@ -249,21 +263,23 @@ MME = {"existence": ask_existence, "count": ask_count, "position": ask_top, "col
 # Of these pairs, which stage of the training asks one question and which both; see STAGES.
 ONE = {"answers": [ask_existence, ask_count, ask_relation, ask_color, ask_word], "last": [ask_existence, ask_count, ask_color]}
 ONE["more"] = ONE["hard"] = ONE["deep"] = ONE["answers"] + [ask_side]
+ONE["qwen-answers"] = ONE["qwen-deep"] = ONE["last"]
 BOTH = {"answers": [], "more": [], "hard": [ask_relation, ask_word, ask_side, ask_letter], "deep": [ask_side, ask_length],
         "last": [ask_half, ask_half, ask_any_digit]}
+BOTH["qwen-answers"] = BOTH["qwen-deep"] = BOTH["last"] + [ask_open]
 
 
-def training_questions(rng, words, shapes, stage):
+def training_questions(rng, scene, stage):
     """Every word, open questions and yes/no pairs in random order; from the third stage on the words come first."""
-    text = ask_text(rng, words, shapes)
-    asked = ask_open(rng, words, shapes) if stage in ("answers", "more", "hard") else []
+    text = ask_text(rng, scene)
+    asked = ask_open(rng, scene) if stage in ("answers", "more", "hard") else []
     asked = text + asked if stage in ("answers", "more") else asked
-    asked += ask_more(rng, words, shapes) if stage != "answers" else []
+    asked += ask_more(rng, scene) if stage != "answers" else []
     for ask in ONE[stage]:
-        pair = ask(rng, words, shapes)
+        pair = ask(rng, scene)
         asked += [rng.choice(pair)] if pair else []
     for ask in BOTH[stage]:
-        asked += ask(rng, words, shapes)
+        asked += ask(rng, scene)
     rng.shuffle(asked)
     return asked if stage in ("answers", "more") else text + asked
 
@@ -276,11 +292,11 @@ def make_mme(folder: Path):
         (folder / subtask).mkdir(parents=True, exist_ok=True)
         rng, number = random.Random(f"mme {subtask}"), 0
         while number < 40:
-            image, words, shapes = draw_scene(rng, test=True)
-            pair = ask(rng, words, shapes)
+            scene = draw_scene(rng, test=True)
+            pair = ask(rng, scene)
             if pair:
                 number += 1
-                image.save(folder / subtask / f"{number:04}.jpg", quality=95, subsampling=0)
+                scene.image.save(folder / subtask / f"{number:04}.jpg", quality=95, subsampling=0)
                 (folder / subtask / f"{number:04}.txt").write_text(
                     "".join(f"{question} Please answer yes or no.\t{answer}\n" for question, answer in pair))
 
@@ -290,9 +306,9 @@ def make_textvqa(folder: Path):
     (folder / "train_images").mkdir(parents=True, exist_ok=True)
     rng, data = random.Random("textvqa"), []
     for number in range(160):
-        image, words, shapes = draw_scene(rng, test=True)
-        image.save(folder / "train_images" / f"{number:04}.jpg", quality=95, subsampling=0)
-        for question, text in ask_text(rng, words, shapes):
+        scene = draw_scene(rng, test=True)
+        scene.image.save(folder / "train_images" / f"{number:04}.jpg", quality=95, subsampling=0)
+        for question, text in ask_text(rng, scene):
             data.append({"question": question, "image_id": f"{number:04}", "question_id": len(data),
                          "answers": [text] * 10})
     (folder / "TextVQA_0.5.1_val.json").write_text(json.dumps({"dataset_version": "0.5.1", "data": data}, indent=0) + "\n")
@@ -306,7 +322,7 @@ def make_tokenizer() -> Tokenizer:
     The two sentences that stand in every prompt are a token each, so that the small decoder spends its time elsewhere.
     """
     characters = [chr(i) for i in range(33, 127)] + ["\n", "▁"]
-    sentences = [PROMPT.split(" USER")[0], SHORT.strip()]
+    sentences = [model_llava.PROMPT.split(" USER")[0], SHORT.strip()]
     tokens = ["<unk>", "<s>", "</s>"] + characters + ["▁" + c for c in characters if c != "▁"]
     for new in (sorted(VOCABULARY), sorted("▁" + w for w in VOCABULARY), ["<image>", "<pad>", *sentences],
                 sorted(MORE_WORDS), sorted("▁" + w for w in MORE_WORDS), LAST_WORDS):
@@ -322,29 +338,73 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def make_qwen_tokenizer() -> Tokenizer:
+    """Qwen's tokenizer.json in small: NFC, byte level, ChatML's special tokens last; a token per template word, else per byte."""
+    words = sorted(VOCABULARY | MORE_WORDS | {word.removeprefix("▁") for word in LAST_WORDS})
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens += [t for t in words + ["Ġ" + word for word in words] if t not in tokens]
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], ignore_merges=True))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]|\s"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([f"<|{name}|>" for name in (
+        "endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in (
+        "system\nYou are a helpful assistant.", "user\n", "assistant\n", SHORT.strip())])
+    return tokenizer
+
+
 # ---- training ---------------------------------------------------------------------------------------------------
 
-TOWER = VisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
+TOWER = model_llava.VisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
                      image_size=SIDE, patch_size=PATCH)
 VISUAL = (SIDE // PATCH) ** 2
-LENGTH = VISUAL + 148                       # rows of a training sequence: prompt, image and as many questions as fit
+ROWS = 148                                  # rows of a training sequence after the image: as many questions as fit
 
 
-def make_model(layers: int, tokenizer: Tokenizer) -> Llava:
-    """Depth-scaled random start; the last CLIP block is used (feature layer -1), so no weight in the file is idle."""
-    text = TextConfig(vocab_size=-(-tokenizer.get_vocab_size() // 32) * 32, hidden_size=128, intermediate_size=344,
-                      num_hidden_layers=layers, num_attention_heads=4, rms_norm_eps=1e-5)
-    model = Llava(Config(text, TOWER, tokenizer.token_to_id("<image>"), vision_feature_layer=-1), tokenizer, {2})
+def make_llava(layers: int, tokenizer: Tokenizer) -> Llava:
+    """The last CLIP block is used (feature layer -1), so no weight in the file is idle."""
+    text = model_llava.TextConfig(vocab_size=-(-tokenizer.get_vocab_size() // 32) * 32, hidden_size=128, intermediate_size=344,
+                                  num_hidden_layers=layers, num_attention_heads=4, rms_norm_eps=1e-5)
+    model = Llava(model_llava.Config(text, TOWER, tokenizer.token_to_id("<image>"), vision_feature_layer=-1), tokenizer, {2})
+    return start(model, layers, embedding=0.02)
+
+
+# Image sizes of training and benchmarks, and a tower whose 7-pixel patches make a visual token 14 pixels wide, as LLaVA's.
+# The rotary base is small because sequences are: 60 positions, a turn of the slowest pair.
+SIZES = [(112, 112), (140, 84), (84, 140), (126, 98), (98, 126), (154, 84), (84, 154)]
+MOST = max(w * h for w, h in SIZES) // PATCH ** 2
+
+
+def make_qwen(layers: int, tokenizer: Tokenizer) -> Qwen:
+    text = model_qwen.TextConfig(vocab_size=-(-tokenizer.get_vocab_size() // 32) * 32, hidden_size=128, intermediate_size=352,
+                                 num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
+                                 rope_theta=10.0, mrope_section=(4, 6, 6))
+    vision = model_qwen.VisionConfig(depth=6, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128,
+                                     patch_size=PATCH // 2, window_size=4 * PATCH, fullatt_block_indexes=[2, 5])
+    config = model_qwen.Config(text, vision, tokenizer.token_to_id("<|image_pad|>"), tie_word_embeddings=True,
+                               min_pixels=48 * PATCH ** 2, max_pixels=80 * PATCH ** 2)
+    model = Qwen(config, tokenizer, {tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")})
+    model = start(model, layers, embedding=text.hidden_size ** -0.5)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def start(model, layers: int, embedding: float):
+    """Depth-scaled random weights."""
     for name, p in model.named_parameters():
         if p.dim() > 1:
-            nn.init.normal_(p, std=0.02 if "embed" in name else p[0].numel() ** -0.5)
-        if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
+            nn.init.normal_(p, std=embedding if "embed_tokens" in name or "position_embedding" in name else p[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+        if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight", "attn.proj.weight")):
             p.data /= (2 * layers) ** 0.5
     return model
 
 
 class Scenes(torch.utils.data.Dataset):
-    """Batch i of training, the same whenever it is asked for."""
+    """Batch i of training, the same whenever it is asked for. All images of a batch are of one size."""
 
     def __init__(self, stage: str, batch: int, tokenizer: Tokenizer):
         self.stage, self.batch, self.tokenizer = stage, batch, tokenizer
@@ -354,60 +414,91 @@ class Scenes(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         rng = random.Random(f"{self.stage} {i}")
-        scenes = [draw_scene(rng, test=False) for _ in range(self.batch)]
-        pixels = torch.stack([normalize(image) for image, _, _ in scenes])
-        rows = [patch_labels(*s[1:]) if self.stage == "tower" else pack(rng, self.tokenizer, *s[1:], self.stage) for s in scenes]
-        return pixels, *(torch.tensor(x) for x in zip(*rows))
+        qwen = self.stage.startswith("qwen")
+        size = rng.choice(SIZES) if qwen else (SIDE, SIDE)
+        scenes = [draw_scene(rng, False, size) for _ in range(self.batch)]
+        pixels = torch.stack([normalize(scene.image) for scene in scenes])
+        if qwen:
+            pixels = torch.stack([model_qwen.patchify(x, PATCH // 2, 2, 2)[0] for x in pixels])
+        if self.stage.endswith("tower"):
+            rows = [(patch_labels(scene, halves=qwen),) for scene in scenes]
+        else:
+            grid = (size[1] // PATCH, size[0] // PATCH)
+            turns = CHATML if qwen else VICUNA
+            rows = [pack(rng, self.tokenizer, scene, self.stage, turns, grid) for scene in scenes]
+        return torch.tensor([size[1] // PATCH, size[0] // PATCH]), pixels, *(torch.tensor(x) for x in zip(*rows))
 
 
-def patch_labels(words, shapes):
-    """What lies on the center of each patch: -> (V, 4) glyph, its place in the word, color, shape; 0 for none."""
-    labels = [[0, 0, 0, 0] for _ in range(VISUAL)]
-    centers = [(i % (SIDE // PATCH) * PATCH + PATCH / 2, i // (SIDE // PATCH) * PATCH + PATCH / 2) for i in range(VISUAL)]
+def patch_labels(scene: Scene, halves: bool):
+    """What lies on the center of each visual token: -> (V, 4) glyph, its place in the word, color, shape; 0 for none.
+
+    halves: and whether the token itself lies in the upper or lower, left or right half, 1 or 2.
+    """
+    cols, rows = (side // PATCH for side in scene.image.size)
+    labels = [[0, 0, 0, 0] for _ in range(rows * cols)]
+    centers = [(i % cols * PATCH + PATCH / 2, i // cols * PATCH + PATCH / 2) for i in range(rows * cols)]
     items = [(box, [1 + GLYPHS.index(glyph), place, 1 + list(COLORS).index(color), 0])
-             for _, color, cells in words for place, (glyph, box) in enumerate(cells, 1)]
-    items += [(box, [0, 0, 1 + list(COLORS).index(color), 1 + SHAPES.index(shape)]) for shape, color, box in shapes]
+             for _, color, cells in scene.words for place, (glyph, box) in enumerate(cells, 1)]
+    items += [(box, [0, 0, 1 + list(COLORS).index(color), 1 + SHAPES.index(shape)]) for shape, color, box in scene.shapes]
     for (a, b, c, d), label in items:
         for i, (x, y) in enumerate(centers):
             if a <= x <= c and b <= y <= d:
                 labels[i] = label
-    return (labels,)
+    if halves:
+        labels = [[*label, 1 + (2 * y > rows * PATCH), 1 + (2 * x > cols * PATCH)] for label, (x, y) in zip(labels, centers)]
+    return labels
 
 
-def pack(rng, tokenizer, words, shapes, stage):
+def vicuna_positions(first: int, grid, T: int):
+    return torch.arange(T)[None], T
+
+
+# prompt, its image token, the token that ends an answer, positions of a prompt
+VICUNA = model_llava.PROMPT, "<image>", "</s>", vicuna_positions
+CHATML = model_qwen.PROMPT, "<|image_pad|>", "<|im_end|>", model_qwen.positions
+
+
+def pack(rng, tokenizer, scene, stage, turns, grid):
     """One prompt up to the image, then questions with answers that see image and prompt but not each other.
 
-    -> ids (T), positions (T), block (T; 0 the shared start, -1 padding), targets (T; -100 where nothing is asked).
+    -> ids (T), positions (axes, T), block (T; 0 the shared start, -1 padding), targets (T; -100 where nothing is asked).
     """
-    ids, pos, block, targets = [], [], [], []
-    for number, (question, answer) in enumerate(training_questions(rng, words, shapes, stage), 1):
+    template, image, end, positions = turns
+    image, end, V = tokenizer.token_to_id(image), tokenizer.token_to_id(end), grid[0] * grid[1]
+    ids, block, targets = [], [], []
+    for number, (question, answer) in enumerate(training_questions(rng, scene, stage), 1):
         suffix = "" if rng.random() < 0.2 else SHORT
-        prompt = tokenizer.encode(PROMPT.format(question=question + suffix)).ids
-        start = prompt.index(tokenizer.token_to_id("<image>"))
+        prompt = tokenizer.encode(template.format(question=question + suffix)).ids
+        first = prompt.index(image)
         if not ids:
-            ids = prompt[:start] + [prompt[start]] * VISUAL
-            pos, block, targets = list(range(len(ids))), [0] * len(ids), [-100] * len(ids)
-        answer = tokenizer.encode(answer, add_special_tokens=False).ids + [2]
-        turn = prompt[start + 1:] + answer[:-1]
-        if len(ids) + len(turn) > LENGTH:
+            ids = prompt[:first] + [image] * V
+            block, targets = [0] * len(ids), [-100] * len(ids)
+            T = len(ids) + ROWS + MOST - V if stage.startswith("qwen") else VISUAL + ROWS
+            pos, after = positions(first, grid, len(ids))
+        answer = tokenizer.encode(answer, add_special_tokens=False).ids + [end]
+        turn = prompt[first + 1:] + answer[:-1]
+        if len(ids) + len(turn) > T:
             break
-        first = start + VISUAL
-        ids, pos, block = ids + turn, pos + list(range(first, first + len(turn))), block + [number] * len(turn)
+        ids, block = ids + turn, block + [number] * len(turn)
+        pos = torch.cat([pos, torch.arange(after, after + len(turn)).expand(len(pos), -1)], 1)
         targets += [-100] * (len(turn) - len(answer)) + answer
-    pad = LENGTH - len(ids)
-    return ids + [0] * pad, pos + [0] * pad, block + [-1] * pad, targets + [-100] * pad
+    pad = T - len(ids)
+    return ids + [0] * pad, F.pad(pos, (0, pad)).tolist(), block + [-1] * pad, targets + [-100] * pad
 
 
-def answer_loss(model, pixels, ids, pos, block, targets):
+def answer_loss(model, grid, pixels, ids, pos, block, targets):
     """Next-token cross entropy on the answers. Every row passes every layer."""
-    features = model.multi_modal_projector(model.vision_tower(pixels)[0])
-    start = (ids[0] == model.config.image_token).nonzero()[0].item()
-    x = model.language_model.embed_tokens(ids)
-    x = torch.cat([x[:, :start], features.to(x.dtype), x[:, start + VISUAL:]], 1)
+    if isinstance(model, Qwen):
+        features, decoder, pos = model.visual(pixels, grid)[0], model.model, pos.transpose(0, 1)
+    else:
+        features, decoder, pos = model.multi_modal_projector(model.vision_tower(pixels)[0]), model.language_model, pos[:, 0]
+    first, V, T = (ids[0] == model.config.image_token).nonzero()[0].item(), features.shape[1], ids.shape[1]
+    x = decoder.embed_tokens(ids)
+    x = torch.cat([x[:, :first], features.to(x.dtype), x[:, first + V:]], 1)
     same = (block[:, :, None] == block[:, None]) | (block[:, None] == 0)
-    mask = (same & torch.ones(LENGTH, LENGTH, dtype=torch.bool, device=ids.device).tril())[:, None]
+    mask = (same & torch.ones(T, T, dtype=torch.bool, device=ids.device).tril())[:, None]
     rope = model.rope(pos, torch.bfloat16)
-    for layer in model.language_model.layers:
+    for layer in decoder.layers:
         x = layer(x, rope, mask=mask)[0]
     asked = targets != -100
     return F.cross_entropy(model.lm_head(model.final_norm(x[asked])).float(), targets[asked])
@@ -425,17 +516,32 @@ class LabelHeads(nn.Module):
         return sum(F.cross_entropy(head(x).float().flatten(0, 1), labels[..., i].flatten()) for i, head in enumerate(self.heads))
 
 
+def label_loss(model: Qwen, grid, pixels, labels):
+    """Glyph, place, color, shape and half of each visual token, said in the decoder's own words: no heads to throw away."""
+    x = model.visual(pixels, grid)[0]
+    loss = 0
+    for i, words in enumerate([GLYPHS, NUMBERS[1:], COLORS, SHAPES, ["top", "bottom"], ["left", "right"]]):
+        said = x @ model.model.embed_tokens.weight[[model.tokenizer.token_to_id(w if i == 0 else "Ġ" + w) for w in words]].T
+        loss = loss + F.cross_entropy(F.pad(said.float(), (1, 0)).flatten(0, 1), labels[..., i].flatten())
+    return loss
+
+
 def attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
     """softmax(QK^T)V spelled out: the backward pass of the fused one is slow on a CPU."""
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -1e4)
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def train(stage, module, layers, loss, steps, decay, lr, batch, tokenizer, device):
+def train(stage, module, layers, loss, tokenizer, device):
     """AdamW, 100 steps of warm-up, cosine decay to 2 % over `decay` steps. Every 100 steps a checkpoint to go on from."""
     path, log = WORK / f"{stage}.pt", WORK / "log.txt"
+    steps, decay, lr, batch = STAGES[stage]
+    F.scaled_dot_product_attention = attention
+    torch._dynamo.config.recompile_limit = 64           # one version of a tower block for each image size
     opt = torch.optim.AdamW(module.parameters(), lr, (0.9, 0.95), weight_decay=0.05)
     first = 0
     if path.exists():
@@ -452,7 +558,8 @@ def train(stage, module, layers, loss, steps, decay, lr, batch, tokenizer, devic
         for group in opt.param_groups:
             group["lr"] = lr * min((step + 1) / 100, 0.02 + 0.98 * (1 + math.cos(math.pi * step / decay)) / 2)
         with torch.autocast(device.type, torch.bfloat16):
-            value = loss(*(x.to(device) for x in data))
+            grid, *data = data
+            value = loss(grid.tolist(), *(x.to(device) for x in data))
         value.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         opt.step()
@@ -469,46 +576,56 @@ def train(stage, module, layers, loss, steps, decay, lr, batch, tokenizer, devic
         del layer.forward                               # back to the class's own, uncompiled
 
 
-def double(model: Llava, tokenizer) -> Llava:
+def double(model, make):
     """Every decoder layer twice in a row, each branch adding half of what it did: to first order the same function."""
-    deep = make_model(2 * model.num_layers, tokenizer)
-    state = {}
+    deep, state = make(2 * model.num_layers, model.tokenizer), {}
     for name, p in model.state_dict().items():
-        part = name.split(".")
-        if part[:2] != ["language_model", "layers"]:
+        layer = re.fullmatch(r"((?:language_)?model\.layers\.)(\d+)(\..*)", name)
+        if not layer:
             state[name] = p
             continue
         for copy in (0, 1):
-            part[2] = str(2 * int(name.split(".")[2]) + copy)
-            state[".".join(part)] = p / 2 if part[-2] in ("o_proj", "down_proj") else p.clone()
+            half = layer[3].endswith(("o_proj.weight", "down_proj.weight"))
+            state[f"{layer[1]}{2 * int(layer[2]) + copy}{layer[3]}"] = p / 2 if half else p.clone()
     deep.load_state_dict(state)
     return deep
 
 
 def train_llava(device) -> Llava:
-    """The stages in order, each from its own checkpoint if there is one. Before the last, every layer is doubled."""
-    F.scaled_dot_product_attention = attention
+    """The stages in order, each from its own checkpoint if there is one. Before the last two, every layer is doubled."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    model = make_model(12, tokenizer).to(device)
+    model = make_llava(12, tokenizer).to(device)
     heads = LabelHeads().to(device)
     tower = nn.ModuleList([model.vision_tower, heads])
     blocks = list(model.vision_tower.encoder.layers)
-    train("tower", tower, blocks, lambda pixels, labels: heads.loss(model.vision_tower, pixels, labels),
-          *STAGES["tower"], tokenizer, device)
+    train("tower", tower, blocks, lambda grid, pixels, labels: heads.loss(model.vision_tower, pixels, labels), tokenizer, device)
     for stage in ("answers", "more", "hard", "deep", "last"):
         if stage == "deep":
-            model = double(model, tokenizer).to(device)
+            model = double(model, make_llava).to(device)
         layers = list(model.language_model.layers) + list(model.vision_tower.encoder.layers)
-        train(stage, model, layers, lambda *data: answer_loss(model, *data), *STAGES[stage], tokenizer, device)
+        train(stage, model, layers, lambda *data: answer_loss(model, *data), tokenizer, device)
+    return model
+
+
+def train_qwen(device) -> Qwen:
+    torch.manual_seed(0)
+    tokenizer = make_qwen_tokenizer()
+    model = make_qwen(14, tokenizer).to(device)
+    tower = nn.ModuleList([model.visual, model.model.embed_tokens])
+    train("qwen-tower", tower, list(model.visual.blocks), lambda *data: label_loss(model, *data), tokenizer, device)
+    for stage in ("qwen-answers", "qwen-deep"):
+        if stage == "qwen-deep":
+            model = double(model, make_qwen).to(device)
+        layers = list(model.model.layers) + list(model.visual.blocks)
+        train(stage, model, layers, lambda *data: answer_loss(model, *data), tokenizer, device)
     return model
 
 
 # ---- export -----------------------------------------------------------------------------------------------------
 
-def export(model: Llava, tokenizer: Tokenizer, folder: Path):
+def export_llava(model: Llava, folder: Path):
     """The published folder layout, in bfloat16, with the hub's tensor names."""
-    folder.mkdir(exist_ok=True)
     tensors = {}
     for name, p in model.state_dict().items():
         for old, new in (("language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
@@ -516,13 +633,11 @@ def export(model: Llava, tokenizer: Tokenizer, folder: Path):
             if name.startswith(old):
                 name = new + name.removeprefix(old)
                 break
-        tensors[name] = p.detach().cpu().bfloat16().contiguous()
+        tensors[name] = p
     for part, value in (("weight", 1.0), ("bias", 0.0)):    # of no use, but other loaders look for it
-        tensors[f"vision_tower.vision_model.post_layernorm.{part}"] = torch.full((TOWER.hidden_size,), value).bfloat16()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    tokenizer.save(str(folder / "tokenizer.json"))
-    text, ids = model.config.text, {t: tokenizer.token_to_id(t) for t in ("<image>", "<pad>")}
-    files = {
+        tensors[f"vision_tower.vision_model.post_layernorm.{part}"] = torch.full((TOWER.hidden_size,), value)
+    text, ids = model.config.text, {t: model.tokenizer.token_to_id(t) for t in ("<image>", "<pad>")}
+    write(folder, tensors, model.tokenizer, {
         "config.json": {
             "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": ids["<image>"],
             "pad_token_id": ids["<pad>"], "image_seq_length": VISUAL, "projector_hidden_act": "gelu",
@@ -540,7 +655,32 @@ def export(model: Llava, tokenizer: Tokenizer, folder: Path):
             "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": SIDE}, "resample": 3,
             "crop_size": {"height": SIDE, "width": SIDE}, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
             "rescale_factor": 1 / 255, "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True,
-            "do_convert_rgb": True}}
+            "do_convert_rgb": True}})
+
+
+def export_qwen(model: Qwen, folder: Path):
+    """The same; text fields at the root and no head of its own, as Qwen2.5-VL-3B is published."""
+    text, vision = asdict(model.config.text), asdict(model.config.vision)
+    section = text.pop("mrope_section")
+    ids = {name: model.tokenizer.token_to_id(f"<|{name}|>") for name in ("endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")}
+    write(folder, {name: p for name, p in model.state_dict().items() if name != "lm_head.weight"}, model.tokenizer, {
+        "config.json": {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "bfloat16",
+            "bos_token_id": ids["endoftext"], "eos_token_id": ids["im_end"], "image_token_id": ids["image_pad"],
+            "video_token_id": ids["video_pad"], "vision_start_token_id": ids["vision_start"],
+            "vision_end_token_id": ids["vision_end"], "tie_word_embeddings": True, "max_position_embeddings": 512, **text,
+            "rope_scaling": {"type": "mrope", "mrope_section": section}, "vision_config": {**vision, "in_chans": 3, "tokens_per_second": 2}},
+        "generation_config.json": {"eos_token_id": [ids["im_end"], ids["endoftext"]], "pad_token_id": ids["endoftext"]},
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": model.config.min_pixels,
+            "max_pixels": model.config.max_pixels, "patch_size": vision["patch_size"], "merge_size": vision["spatial_merge_size"],
+            "temporal_patch_size": vision["temporal_patch_size"], "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3}})
+
+
+def write(folder: Path, tensors: dict, tokenizer: Tokenizer, files: dict):
+    folder.mkdir(exist_ok=True)
+    save_file({name: p.detach().cpu().bfloat16().contiguous() for name, p in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"))
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
@@ -552,15 +692,22 @@ STAGES = {                                  # steps, decay of the rate over as m
     "more": (2000, 2000, 1.5e-3, 32),       # and sides, and from a color to its shape
     "hard": (2400, 2400, 1.2e-3, 16),       # more often what is learned last
     "deep": (900, 2500, 1e-3, 16),          # 24 layers; ends while the rate is still high
-    "last": (1450, 1450, 9e-4, 16)}         # the questions of the benchmarks
+    "last": (1450, 1450, 9e-4, 16),         # the questions of the benchmarks
+    "qwen-tower": (1600, 1600, 1.5e-3, 32),
+    "qwen-answers": (4000, 4000, 1.5e-3, 32),
+    "qwen-deep": (2400, 2400, 1e-3, 16)}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", action="store_true", help="only the benchmarks, not the model")
-    only_data = parser.parse_args().data
+    parser.add_argument("--data", action="store_true", help="only the benchmarks")
+    parser.add_argument("--only", choices=["llava", "qwen"], help="the benchmarks and one of the models")
+    args = parser.parse_args()
     make_mme(HERE / "mme")
     make_textvqa(HERE / "textvqa")
-    if not only_data:
-        WORK.mkdir(exist_ok=True)
-        export(train_llava(torch.device("cuda" if torch.cuda.is_available() else "cpu")), make_tokenizer(), HERE / "llava")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    WORK.mkdir(exist_ok=True)
+    if not args.data and args.only != "qwen":
+        export_llava(train_llava(device), HERE / "llava")
+    if not args.data and args.only != "llava":
+        export_qwen(train_qwen(device), HERE / "qwen")
