@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import model_llava
 import model_qwen
-from tokprune import (METHODS, NEED_A_LAYER, InputError, check_method, count, flops, format_schedule, keep_one,
-                      parse_schedule, per_token, prefill, prune, visual_tokens)
+from tokprune import (METHODS, NEED_A_LAYER, ORACLES, InputError, check_method, count, flops, format_schedule,
+                      parse_schedule, per_token, prefill, prune, token_information, visual_tokens)
 
 HERE = Path(__file__).resolve().parent
 # config.json's model_type -> the file that implements it; it refuses llava_llama and says what to use instead
@@ -210,8 +210,12 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
         s = at[layer] = model.run(s, stop=layer)
     full = model.run(s)
     measuring = now()
-    oracle = {layer: per_token(keep_one(model, at[layer], full, model.answer_id(question.gold), WINDOW), full.grid, WINDOW)
-              for layer in {layer for layer, method, _ in stages if method == "info"}}
+    oracle = defaultdict(dict)                          # by layer and method
+    for method, target in ORACLES.items():
+        layers = sorted({layer for layer, m, _ in stages if m == method})
+        maps = token_information(model, stream, question.gold, layers, WINDOW, target=target) if layers else []
+        for layer, found in zip(layers, maps):
+            oracle[layer][method] = per_token(found, full.grid, WINDOW)
     measured = now()
     batches = defaultdict(list)
     for cell in cells:
@@ -221,7 +225,7 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
         s = at[plan[0][0]] if plan else full
         for i, (layer, n) in enumerate(plan):
             s = prune(model, model.run(s, stop=layer), [cell.schedule[i][1] for cell in batch], n,
-                      [cell.seed + question.seed for cell in batch], oracle.get(layer), args.positions)
+                      [cell.seed + question.seed for cell in batch], oracle[layer], args.positions)
         answers |= dict(zip([cell.key for cell in batch], model.decode(model.run(s), args.max_new_tokens, args.repetition_penalty)))
     return {"answers": answers, "visual_tokens": N, "text_rows": stream.x.shape[1] - N,
             "ms": round(now() - began, 1), "oracle_ms": round(measured - measuring, 1)}
@@ -344,7 +348,7 @@ def time_prefill(model, question: Question, cells: list[Cell], args, rounds: int
     """Median milliseconds from the input of layer 0 to the first logits, by spec, alone in its batch; the oracle is not timed."""
     stream = model.begin(read_image(question.image), question.prompt)
     schedules = {format_schedule(cell.schedule): cell.schedule for cell in cells}
-    schedules = {spec: schedule for spec, schedule in schedules.items() if "info" not in [method for _, method, _ in schedule]}
+    schedules = {spec: schedule for spec, schedule in schedules.items() if not ORACLES.keys() & {method for _, method, _ in schedule}}
     spent = defaultdict(list)
     for _ in range(rounds + 1):                         # the first round warms up
         for spec, schedule in schedules.items():
@@ -393,7 +397,7 @@ def difference(values) -> str:
 
 # ---- pictures ---------------------------------------------------------------------------------------------------
 
-INK = dict(zip(METHODS, ["#7f7f7f", "#d62728", "#ff7f0e", "#2ca02c", "#1f77b4", "#9467bd", "#111111"]))
+INK = dict(zip(METHODS, ["#7f7f7f", "#d62728", "#ff7f0e", "#2ca02c", "#1f77b4", "#9467bd", "#111111", "#17becf"]))
 
 
 def plot(report: dict, path: Path):
@@ -535,8 +539,8 @@ def parse_cells(args, num_layers: int) -> list[Cell]:
         for layer, method, _ in schedule:
             if not 0 <= layer < num_layers:
                 raise InputError(f"layer {layer} is out of range; this model has layers 0 to {num_layers - 1}")
-            if method == "info" and args.image:
-                raise InputError("info needs a gold answer: it works on benchmarks, not on --image")
+            if method in ORACLES and args.image:
+                raise InputError(f"{method} needs a gold answer: it works on benchmarks, not on --image")
         for seed in range(args.seeds if is_drawn(schedule) and not args.image else 1):
             cell = Cell(row, schedule, args.seed + seed)
             cells.setdefault(cell.key, cell)            # what is asked for twice runs once
@@ -572,7 +576,7 @@ def parse_methods(args, num_layers: int) -> list[tuple[str, tuple]]:
     if args.method:
         methods = args.method.split(",")
     else:
-        methods = [method for method in METHODS if not (args.image and method == "info")]
+        methods = [method for method in METHODS if not (args.image and method in ORACLES)]
     rows = []
     for layer in layers:
         for method in dict.fromkeys(["random", *methods]):

@@ -247,22 +247,27 @@ class Llava(nn.Module):
             if all(ended) or step == max_new_tokens - 1:
                 break
             seen = torch.cat([seen, ids[:, None]], 1)
-            stream = self.run(self.append(stream, ids))
+            stream = self.run(self.append(stream, ids[:, None]))
         return [self.tokenizer.decode(ids).strip() for ids in answers]
 
     def append(self, stream: Stream, ids: Tensor) -> Stream:
-        """One new token per variant -> Stream at layer 0 that holds it alone; the rows before it are in the cache."""
-        x = self.language_model.embed_tokens(ids)[:, None]                         # (B, 1, C)
-        pos = torch.full((1, 1), stream.next_pos, device=x.device)
-        return replace(stream, layer=0, x=x, pos=pos, next_pos=stream.next_pos + 1, queries=None)
+        """New tokens (B, n) -> Stream at layer 0 that holds them alone; the rows before are in the cache."""
+        x = self.language_model.embed_tokens(ids)                                  # (B, n, C)
+        after = stream.next_pos + ids.shape[1]
+        return replace(stream, layer=0, x=x, pos=torch.arange(stream.next_pos, after, device=x.device)[None], next_pos=after,
+                       queries=None)
 
     def answer(self, image: Image.Image, question: str, schedule=None, max_new_tokens: int = 16) -> str:
         """The greedy answer; schedule as `tokprune.parse_schedule` returns it."""
         return self.decode(prefill(self, self.begin(image, question), schedule or []), max_new_tokens)[0]
 
+    def answer_ids(self, answer: str) -> list[int]:
+        """The tokens the model would emit for that answer; "Yes" after "ASSISTANT:" is the token "▁Yes"."""
+        return self.tokenizer.encode(answer, add_special_tokens=False).ids
+
     def answer_id(self, answer: str) -> int:
-        """The first token the model would emit for that answer; "Yes" after "ASSISTANT:" is the token "▁Yes"."""
-        return self.tokenizer.encode(answer, add_special_tokens=False).ids[0]
+        """The first of them."""
+        return self.answer_ids(answer)[0]
 
 
 # ---- LLaMA decoder ----------------------------------------------------------------------------------------------

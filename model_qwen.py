@@ -272,22 +272,27 @@ class Qwen(nn.Module):
             if all(ended) or step == max_new_tokens - 1:
                 break
             seen = torch.cat([seen, ids[:, None]], 1)
-            stream = self.run(self.append(stream, ids))
+            stream = self.run(self.append(stream, ids[:, None]))
         return [self.tokenizer.decode(ids).strip() for ids in answers]
 
     def append(self, stream: Stream, ids: Tensor) -> Stream:
-        """One new token per variant -> Stream at layer 0 that holds it alone; the rows before it are in the cache."""
-        x = self.model.embed_tokens(ids)[:, None]                                  # (B, 1, C)
-        pos = torch.full((3, 1, 1), stream.next_pos, device=x.device)
-        return replace(stream, layer=0, x=x, pos=pos, next_pos=stream.next_pos + 1, queries=None)
+        """New tokens (B, n) -> Stream at layer 0 that holds them alone; the rows before are in the cache."""
+        x = self.model.embed_tokens(ids)                                           # (B, n, C)
+        after = stream.next_pos + ids.shape[1]
+        pos = torch.arange(stream.next_pos, after, device=x.device).expand(3, 1, -1)
+        return replace(stream, layer=0, x=x, pos=pos, next_pos=after, queries=None)
 
     def answer(self, image: Image.Image, question: str, schedule=None, max_new_tokens: int = 16) -> str:
         """The greedy answer; schedule as `tokprune.parse_schedule` returns it."""
         return self.decode(prefill(self, self.begin(image, question), schedule or []), max_new_tokens)[0]
 
+    def answer_ids(self, answer: str) -> list[int]:
+        """The tokens the model would emit for that answer: it stands at the start of a line, no blank before it."""
+        return self.tokenizer.encode(answer).ids
+
     def answer_id(self, answer: str) -> int:
-        """The first token the model would emit for that answer: it stands at the start of a line, no blank before it."""
-        return self.tokenizer.encode(answer).ids[0]
+        """The first of them."""
+        return self.answer_ids(answer)[0]
 
 
 def positions(start: int, grid: tuple[int, int], T: int) -> tuple[Tensor, int]:

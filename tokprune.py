@@ -65,17 +65,17 @@ def keep(stream: Stream, idx: Tensor, positions: str = "keep") -> Stream:
                    queries=None)
 
 
-def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 0, info: Tensor | None = None,
+def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 0, info: dict[str, Tensor] = {},
           positions: str = "keep") -> Stream:
     """The stream after `method` has chosen n of its visual tokens (all of them if it has fewer).
 
-    A list of methods, or of seeds, makes one variant of each. info: (N,) measured information, for the oracle.
+    A list of methods, or of seeds, makes one variant of each. info: for each oracle by name, (N,) measured information.
     """
     n = min(n, stream.visual[1])
     B = max([len(stream.x)] + [len(given) for given in (method, seed) if isinstance(given, list)])
     methods, seeds = (given if isinstance(given, list) else [given] * B for given in (method, seed))
     stream = expand(stream, B)
-    chosen = [choose(view_of(model, stream, b, seeds[b], info), methods[b], n) for b in range(B)]
+    chosen = [choose(view_of(model, stream, b, seeds[b], info.get(methods[b])), methods[b], n) for b in range(B)]
     pruned = keep(stream, torch.stack([idx for idx, _ in chosen]), positions)
     for b, (_, merged) in enumerate(chosen):
         if merged is not None:
@@ -277,9 +277,12 @@ def scope(view: View, n: int) -> Tensor:
 
 
 def info(view: View, n: int) -> Tensor:
-    """The paper's oracle: the tokens of the highest measured information at this layer. Needs the gold answer."""
+    """The paper's oracle: the tokens of the highest measured information at this layer. Needs the gold answer.
+
+    As "info" of its first token, the paper's measure; as "info-answer" of all of it.
+    """
     if view.info is None:
-        raise InputError("info is an oracle: it needs information measured with the gold answer, which only an evaluation has")
+        raise InputError("info and info-answer are oracles: they need information measured with the gold answer, which only an evaluation has")
     return top(view.info, n)
 
 
@@ -290,45 +293,114 @@ def top(score: Tensor, n: int) -> Tensor:
 
 # Each is asked for 0 < n < V; `choose` sees to none and all.
 METHODS = {"random": random, "fastv": fastv, "sparsevlm": sparsevlm, "dart": dart, "divprune": divprune, "scope": scope,
-           "info": info}
+           "info": info, "info-answer": info}
+ORACLES = {"info": "first", "info-answer": "answer"}    # what information is measured of: the first token of the gold answer, all
 NEED_A_LAYER = {"fastv", "sparsevlm", "dart"}           # they read attention or keys of the layer before
 
 
 # ---- information ------------------------------------------------------------------------------------------------
 
-def information(model, image, question: str, answer: str, layers: list[int], window: int = 2) -> Tensor:
-    """Token information of one question, (len(layers), rows, cols) float32, signed; see `keep_one`."""
-    stream = model.begin(image, question)
-    full = model.run(stream)
-    maps = {}
-    for layer in sorted(set(layers)):
-        stream = model.run(stream, stop=layer)
-        maps[layer] = keep_one(model, stream, full, model.answer_id(answer), window)
-    return torch.stack([maps[layer] for layer in layers])
+def information(model, image, question: str, answer: str, layers: list[int], window: int = 2, **options) -> Tensor:
+    """Token information of one question, (len(layers), rows, cols) float32, signed, rows and cols in windows of
+    window x window tokens, smaller at the edges. options: see `token_information`."""
+    return token_information(model, model.begin(image, question), answer, layers, window, **options)
 
 
-def keep_one(model, stream: Stream, full: Stream, answer_id: int, window: int) -> Tensor:
-    """I(w) = P(y1 | only w) - P(y1 | none), (rows, cols) float32 in windows: keep-one, as the paper's code computes it.
+def token_information(model, stream: Stream, answer: str, layers: list[int], window: int = 2, mode: str = "keep-one",
+                      target: str = "first", max_batch_tokens: int = 2 ** 16) -> Tensor:
+    """What the visual tokens of each window w still tell at the input of each layer K, from a stream at layer 0.
 
-    Of the visual tokens only those of w are left from the input of stream.layer on; y1 is the first token of the gold
-    answer, P a softmax over the whole vocabulary at the last prompt row. stream and full are the unpruned run, at that
-    layer and past the last one. All windows of a size are one batch, and rows before the image are never computed
-    again: no visual token can reach them, so their keys and values are those of the unpruned run.
+    mode "keep-one", as the paper's code has it:    I(w, K) = P(y | only w) - P(y | none)
+    mode "leave-one-out", as its abstract reads:    I(w, K) = P(y | all) - P(y | all but w)
+    From K on only those visual tokens are left; P is a softmax over the whole vocabulary in float32.
+    target "first", the paper's: y is the first token of the gold answer, at the last prompt row. "answer", ours: P(y) is
+    the sum over the answer's tokens of P(y_t | y_<t), teacher-forced.
+
+    All layers share one unpruned run, and rows that no removed token can reach are never computed again: their keys and
+    values are taken from it. Windows with equally many rows left to run are one batch of at most max_batch_tokens rows.
     """
-    (start, V), (rows, cols) = stream.visual, stream.grid
-    cache = [None if layer < stream.layer else (k[:, :, :start], v[:, :, :start]) for layer, (k, v) in enumerate(full.cache)]
-    after = replace(stream, x=stream.x[:, start:], pos=stream.pos[..., start:], visual=(0, V), cache=cache)
+    ids = model.answer_ids(answer)[:1 if target == "first" else None]
+    forced = model.append(stream, torch.tensor([ids[:-1]], dtype=torch.long, device=stream.x.device))
+    stream = replace(stream, x=torch.cat([stream.x, forced.x], 1), pos=torch.cat([stream.pos, forced.pos], -1))
+    at = {}
+    for layer in sorted(set(layers)):
+        stream = at[layer] = model.run(stream, stop=layer)
+    full, V = model.run(stream), stream.visual[1]
+    windows, groups, found = windows_of(stream.grid, window), group_windows(stream.grid, window, mode), {}
+    for layer, stream in at.items():
+        found[layer] = torch.zeros(len(windows))
+        none = torch.zeros(1, 0, dtype=torch.long)
+        base = answer_probability(model, full, ids) if mode == "leave-one-out" else left(model, stream, full, 0, none, ids, 1)
+        for (first, rows), members in groups.items():
+            if mode == "leave-one-out":
+                kept = torch.stack([torch.tensor(sorted({*range(first, V)} - {*windows[i].tolist()})) - first for i in members])
+            else:
+                kept = torch.stack([windows[i] for i in members])
+            size = max(1, max_batch_tokens // (full.x.shape[1] - V + first + rows))
+            found[layer][members] = (left(model, stream, full, first, kept, ids, size) - base).cpu()
+    sign = -1 if mode == "leave-one-out" else 1
+    return sign * torch.stack([found[layer] for layer in layers]).view(len(layers), *(-(-side // window) for side in stream.grid))
 
-    def probability(idx):                                                    # (B, n) -> (B,)
-        return model.logits(model.run(keep(after, idx))).softmax(-1)[:, answer_id]
-    none = probability(torch.zeros(1, 0, dtype=torch.long))
-    token = torch.arange(V).view(rows, cols)
-    windows = [token[r:r + window, c:c + window].flatten() for r in range(0, rows, window) for c in range(0, cols, window)]
-    found = torch.zeros(len(windows))
-    for size in {len(w) for w in windows}:                                   # windows at the edges are smaller
-        same = [i for i, w in enumerate(windows) if len(w) == size]
-        found[same] = (probability(torch.stack([windows[i] for i in same])) - none).cpu()
-    return found.view(-(-rows // window), -(-cols // window))
+
+def left(model, stream: Stream, full: Stream, first: int, kept: Tensor, ids: list, size: int) -> Tensor:
+    """P(y), (B,), with the visual tokens before `first` and of the others only those of kept (B, n), counted from it,
+    `size` at a time. Every row before `first` is in the cache already, from the unpruned run `full`."""
+    start, V = stream.visual
+    cache = [None if layer < stream.layer else (k[:, :, :start + first], v[:, :, :start + first])
+             for layer, (k, v) in enumerate(full.cache)]
+    after = replace(stream, x=stream.x[:, start + first:], pos=stream.pos[..., start + first:], visual=(0, V - first),
+                    origin=stream.origin[:, first:], cache=cache)
+    return torch.cat([answer_probability(model, model.run(keep(after, part)), ids) for part in kept.split(size)])
+
+
+def answer_probability(model, stream: Stream, ids: list) -> Tensor:
+    """Sum of the probabilities of the answer's tokens at the last rows of a stream past the last layer, (B,) float32."""
+    ends = [stream.x.shape[1] - len(ids) + t + 1 for t in range(len(ids))]
+    return sum(model.logits(replace(stream, x=stream.x[:, :end])).softmax(-1)[:, y] for end, y in zip(ends, ids))
+
+
+def windows_of(grid: tuple[int, int], window: int) -> list[Tensor]:
+    """The tokens of each window, in raster order."""
+    token = torch.arange(grid[0] * grid[1]).view(grid)
+    return [token[r:r + window, c:c + window].flatten() for r in range(0, grid[0], window) for c in range(0, grid[1], window)]
+
+
+def group_windows(grid: tuple[int, int], window: int, mode: str) -> dict[tuple[int, int], list[int]]:
+    """Which windows are one batch: {(first visual token computed anew, visual tokens computed): windows}.
+
+    Keep-one computes those of w alone. Leave-one-out has to compute every token after a removed one; windows side by side
+    are one batch, from the first token of their rows on.
+    """
+    groups = {}
+    for i, w in enumerate(windows_of(grid, window)):
+        first = int(w[0]) // (window * grid[1]) * window * grid[1] if mode == "leave-one-out" else 0
+        rows = grid[0] * grid[1] - first - len(w) if mode == "leave-one-out" else len(w)
+        groups.setdefault((first, rows), []).append(i)
+    return groups
+
+
+def information_flops(config, text: tuple[int, int], grid: tuple[int, int], layers: list[int], window: int = 2,
+                      mode: str = "keep-one") -> tuple[int, int]:
+    """Prefill FLOPs of `token_information` for one question, and of the official procedure, which runs the whole prompt
+    through the whole model for every layer and window. text: rows before and after the image; config: the text config."""
+    before, after = text
+    N, L = grid[0] * grid[1], config.num_hidden_layers
+    ours, official = flops(config, [before + N + after] * L), 0
+    for K in layers:
+        base = 0 if mode == "leave-one-out" else after                       # the run with none, or the unpruned one
+        ours += flops(config, [base] * (L - K), before) if base else 0
+        official += flops(config, [before + N + after] * K + [before + (N if base == 0 else 0) + after] * (L - K))
+        for (first, rows), members in group_windows(grid, window, mode).items():
+            ours += len(members) * flops(config, [rows + after] * (L - K), before + first)
+            official += len(members) * flops(config, [before + N + after] * K + [before + first + rows + after] * (L - K))
+    return ours, official
+
+
+def horizon(curve, full: float, tolerance: float = 0.01) -> int:
+    """Ours, the paper gives no rule: the first layer from which on dropping every visual token never costs more than
+    `tolerance` of the unpruned score. curve: the score with all dropped at the input of layer 0, 1, ...; len(curve) if none."""
+    below = [layer for layer, score in enumerate(curve) if score < full - tolerance * full]
+    return below[-1] + 1 if below else 0
 
 
 def per_token(windows: Tensor, grid: tuple[int, int], window: int) -> Tensor:
@@ -345,7 +417,7 @@ def parse_schedule(text: str) -> list[tuple[int, str, float | int]]:
     """
     schedule = []
     for part in text.split():
-        match = re.fullmatch(r"(\w+)@(\d+)(?::(\d*\.?\d+)|=(\d+))", part)
+        match = re.fullmatch(r"([\w-]+)@(\d+)(?::(\d*\.?\d+)|=(\d+))", part)
         if not match:
             raise InputError(f"schedule part {part!r} does not parse; want method@layer:ratio or method@layer=count, "
                              "e.g. 'dart@2=252 random@20:0.9'")
@@ -390,11 +462,12 @@ def mean_visual_tokens(schedule: list, N: int, L: int) -> float:
     return sum(visual_tokens(schedule, N, L)) / L
 
 
-def flops(config, rows: list[int]) -> int:
-    """Prefill FLOPs of the decoder layers, two per multiply-add; config: the text config; rows at each layer's input.
+def flops(config, rows: list[int], past: int = 0) -> int:
+    """Prefill FLOPs of the decoder layers, two per multiply-add; config: the text config; rows at each layer's input;
+    past: rows before them whose keys and values are in the cache.
 
     Exact for grouped queries and three MLP matrices; attention counts its causal half. Vision tower and head are apart.
     """
     d, m = config.hidden_size, config.intermediate_size
     d_q, d_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    return sum(2 * n * d * (d_q + 2 * d_kv) + 2 * n * d_q * d + 2 * n * n * d_q + 6 * n * d * m for n in rows)
+    return sum(2 * n * d * (d_q + 2 * d_kv) + 2 * n * d_q * d + 2 * n * (n + 2 * past) * d_q + 6 * n * d * m for n in rows)

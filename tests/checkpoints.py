@@ -44,5 +44,5 @@ def greedy(model, stream, steps):
     for _ in range(steps):
         logits.append(model.logits(stream)[0])
         tokens.append(logits[-1].argmax())
-        stream = model.run(model.append(stream, tokens[-1][None]))
+        stream = model.run(model.append(stream, tokens[-1].view(1, 1)))
     return torch.stack(logits), torch.stack(tokens)

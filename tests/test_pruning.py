@@ -7,8 +7,9 @@ from checkpoints import MODULES, decoder, load
 from samples import QUESTIONS, images
 from torch.utils.flop_counter import FlopCounterMode
 
+import model_llava
 import tokprune
-from tokprune import METHODS, NEED_A_LAYER, InputError, keep, parse_schedule, prefill, prune
+from tokprune import METHODS, NEED_A_LAYER, ORACLES, InputError, keep, parse_schedule, prefill, prune
 
 every_method = pytest.mark.parametrize("method", METHODS)
 CHECKPOINTS = ["llava_grouped", "qwen_untied"]          # 4x4 and 4x8 visual tokens
@@ -32,7 +33,8 @@ def start(model):
 
 @pytest.fixture(scope="module")
 def info(start):
-    return torch.randn(start.visual[1], generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    return {oracle: torch.randn(start.visual[1], generator=g) for oracle in ORACLES}
 
 
 def heads(model):
@@ -57,7 +59,7 @@ def test_keeps_exactly_n_distinct_visual_tokens_in_order_and_all_text(model, sta
     assert pruned.x[:, :first].equal(full.x[:, :first]) and pruned.x[:, first + n:].equal(full.x[:, first + V:])
     assert pruned.pos[..., first:first + n].equal(full.pos[..., first + pruned.origin[0]]) and pruned.next_pos == full.next_pos
     if method == "sparsevlm" and 0 < n < V:                 # which merges: the rows it returned are the rows that go on
-        idx, rows = METHODS[method](tokprune.view_of(model, full, 0, 0, info), n)
+        idx, rows = METHODS[method](tokprune.view_of(model, full, 0, 0, info.get(method)), n)
         assert pruned.x[0, first:first + n].equal(full.x[0, first + idx] if rows is None else rows)
     else:
         assert pruned.x[0, first:first + n].equal(full.x[0, first + pruned.origin[0]])
@@ -73,7 +75,7 @@ def test_sparsevlm_merges_where_there_is_room(model, start):
 def test_a_view_shows_the_layer_before_and_the_tokens_that_are_left(checkpoint, model, start, info):
     """Everything in a second-stage View recomputed by hand, for the second of two variants."""
     stream = model.run(prune(model, model.run(start, stop=1), ["random", "divprune"], 7, info=info), stop=2)
-    view, b, (first, V) = tokprune.view_of(model, stream, 1, 3, info), 1, stream.visual
+    view, b, (first, V) = tokprune.view_of(model, stream, 1, 3, info["info"]), 1, stream.visual
     layer, (H, G, D), rotate = decoder(model).layers[1], heads(model), MODULES[checkpoint].rotate
     before = prune(model, model.run(start, stop=1), "divprune", 7)
     y, rope = layer.input_layernorm(before.x), model.rope(before.pos, torch.float32)
@@ -87,9 +89,9 @@ def test_a_view_shows_the_layer_before_and_the_tokens_that_are_left(checkpoint, 
     close(view.x, model.run(before, stop=2).x[0])
     close(view.normed(), decoder(model).norm(view.x))
     assert view.layer == 2 and view.visual == (first, 7) and view.origin.equal(before.origin[0])
-    assert view.saliency.equal(start.saliency[view.origin]) and view.info.equal(info[view.origin])
+    assert view.saliency.equal(start.saliency[view.origin]) and view.info.equal(info["info"][view.origin])
     assert view.embeds.equal(start.x[0]) and view.embeds_visual == (first, start.visual[1])
-    assert view.rng.initial_seed() != tokprune.view_of(model, model.run(start, stop=1), 0, 3, info).rng.initial_seed()
+    assert view.rng.initial_seed() != tokprune.view_of(model, model.run(start, stop=1), 0, 3, None).rng.initial_seed()
 
 
 @every_method
@@ -135,7 +137,7 @@ def test_decoding_through_the_ragged_cache_equals_one_teacher_forced_pass(model,
     for _ in range(5):
         logits.append(model.logits(stream)[0])
         tokens.append(logits[-1].argmax())
-        stream = model.run(model.append(stream, tokens[-1][None]))
+        stream = model.run(model.append(stream, tokens[-1].view(1, 1)))
 
     answer = decoder(model).embed_tokens(torch.stack(tokens))[None]
     after = (start.next_pos + torch.arange(5)).expand(*start.pos.shape[:-1], 5)
@@ -201,23 +203,89 @@ def test_choosing_twice_at_one_layer_is_refused_where_attention_is_gone(model, s
 
 # ---- information ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("window", [1, 2, 3])
-def test_keep_one_information_equals_the_naive_loop(model, start, window):
-    """Each window its own forward pass through plain removal; windows at the edge of the grid are smaller for 3."""
-    question, answer, layers, (rows, cols) = QUESTIONS[1], "Yes", [0, 1, 2], start.grid
-    found = tokprune.information(model, IMAGE, question, answer, layers, window)
-    start = model.begin(IMAGE, question)
+@pytest.fixture(scope="module")
+def answer(model):
+    """Three tokens that the unpruned model likes, so that there is something to lose."""
+    text = ""
+    for _ in range(3):
+        start = model.begin(IMAGE, QUESTIONS[1])
+        if text:
+            said = model.append(start, torch.tensor([model.answer_ids(text)]))
+            start = replace(start, x=torch.cat([start.x, said.x], 1), pos=torch.cat([start.pos, said.pos], -1))
+        logits = model.logits(model.run(start))[0]
+        text = max((text + chr(c) for c in range(ord("a"), ord("z") + 1)), key=lambda t: logits[model.answer_ids(t)[-1]])
+    return text
 
-    def probability(layer, tokens):
-        stream = keep(model.run(start, stop=layer), torch.tensor(tokens, dtype=torch.long))
-        return model.logits(model.run(stream)).softmax(-1)[0, model.answer_id(answer)]
-    assert found.shape == (3, -(-rows // window), -(-cols // window))
+
+def naive(model, start, layer, tokens, ids):
+    """Each token of the answer its own forward pass, everything before it a prompt, through plain removal at `layer`."""
+    total = 0
+    for t, y in enumerate(ids):
+        stream = start
+        if t:
+            said = model.append(start, torch.tensor([ids[:t]]))
+            stream = replace(start, x=torch.cat([start.x, said.x], 1), pos=torch.cat([start.pos, said.pos], -1))
+        stream = keep(model.run(stream, stop=layer), torch.tensor(tokens, dtype=torch.long))
+        total += model.logits(model.run(stream)).softmax(-1)[0, y].item()
+    return total
+
+
+@pytest.mark.parametrize("target", ["first", "answer"])
+@pytest.mark.parametrize("mode", ["keep-one", "leave-one-out"])
+@pytest.mark.parametrize("window, max_batch_tokens", [(1, 10 ** 6), (2, 10 ** 6), (3, 10 ** 6), (3, 150), (3, 1)])
+def test_information_equals_the_naive_loop(model, start, answer, window, max_batch_tokens, mode, target):
+    """Each window its own forward passes; windows at the edge of the grid are smaller for 3; a bound splits the batches."""
+    layers, (rows, cols) = [2, 0], start.grid
+    found = tokprune.information(model, IMAGE, QUESTIONS[1], answer, layers, window, mode=mode, target=target,
+                                 max_batch_tokens=max_batch_tokens)
+    start = model.begin(IMAGE, QUESTIONS[1])
+    ids = model.answer_ids(answer)[:1 if target == "first" else None]
+    assert len(ids) == (1 if target == "first" else 3) and found.shape == (2, -(-rows // window), -(-cols // window))
     for i, layer in enumerate(layers):
-        none = probability(layer, [])
+        base = naive(model, start, layer, [] if mode == "keep-one" else [*range(rows * cols)], ids)
         for r in range(found.shape[1]):
             for c in range(found.shape[2]):
-                tokens = [t for t in range(rows * cols) if t // cols // window == r and t % cols // window == c]
-                assert found[i, r, c].item() == pytest.approx((probability(layer, tokens) - none).item(), abs=1e-5)
+                inside = [t for t in range(rows * cols) if t // cols // window == r and t % cols // window == c]
+                others = [t for t in range(rows * cols) if t not in inside]
+                want = naive(model, start, layer, inside, ids) - base if mode == "keep-one" else base - naive(model, start, layer, others, ids)
+                assert found[i, r, c].item() == pytest.approx(want, abs=1e-5)
+
+
+def test_the_two_modes_and_the_two_targets_differ(model, answer):
+    """By more than the tolerance above, which could not tell them apart otherwise."""
+    maps = [tokprune.information(model, IMAGE, QUESTIONS[1], answer, [1], mode=mode, target=target)
+            for mode in ("keep-one", "leave-one-out") for target in ("first", "answer")]
+    assert all((a - b).abs().max() > 3e-5 for i, a in enumerate(maps) for b in maps[:i])
+
+
+@pytest.mark.parametrize("mode", ["keep-one", "leave-one-out"])
+@pytest.mark.parametrize("window", [2, 3])
+def test_information_costs_the_flops_it_says(model, start, window, mode):
+    """Every call of every layer seen: its variants, rows, and rows in the cache."""
+    (first, N), config, layers, calls = start.visual, model.config.text, [0, 1, 2], []
+
+    def seen(module, args, kwargs):
+        calls.append((*args[0].shape[:2], 0 if kwargs["past"] is None else kwargs["past"][0].shape[2]))
+    hooks = [layer.register_forward_pre_hook(seen, with_kwargs=True) for layer in decoder(model).layers]
+    tokprune.token_information(model, start, "Y", layers, window, mode)
+    for hook in hooks:
+        hook.remove()
+    spent = sum(B * tokprune.flops(config, [T], past) for B, T, past in calls)
+    ours, _ = tokprune.information_flops(config, (first, start.x.shape[1] - first - N), start.grid, layers, window, mode)
+    assert spent == ours
+
+
+def test_information_is_20_times_cheaper_than_the_official_procedure_on_llava_7b():
+    """All layers, 2x2 windows of 24x24 tokens; an MME prompt of 35 rows before the image and 30 after."""
+    ours, official = tokprune.information_flops(model_llava.TextConfig(), (35, 30), (24, 24), range(1, 32))
+    assert official > 20 * ours
+
+
+@pytest.mark.parametrize("curve, full, tolerance, want", [
+    ([0, 50, 99, 100], 100, 0.01, 2), ([0, 50, 98.9, 100], 100, 0.01, 3), ([100, 100], 100, 0.01, 0),
+    ([99, 0, 100, 100], 100, 0.01, 2), ([0, 10], 100, 0.01, 2), ([0, 50, 100], 100, 0.6, 1)])
+def test_horizon_is_the_first_layer_from_which_dropping_all_is_free(curve, full, tolerance, want):
+    assert tokprune.horizon(curve, full, tolerance) == want
 
 
 def test_tokens_of_a_window_share_its_information():

@@ -122,7 +122,7 @@ def test_decoding_goes_on_from_the_original_maximum_whatever_was_removed(layer, 
     stream = keep(model.run(start, stop=layer), torch.tensor(kept, dtype=torch.long))
     first = stream.visual[0]
     assert stream.pos[:, :, first:first + len(kept)].equal(start.pos[:, :, [first + i for i in kept]])
-    token = model.append(model.run(stream), torch.tensor([5]))
+    token = model.append(model.run(stream), torch.tensor([[5]]))
     assert token.pos.flatten().tolist() == [start.pos.max().item() + 1] * 3
 
 
