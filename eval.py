@@ -9,6 +9,7 @@ In this order: benchmarks (files, prompt, score), the one loop over questions, s
 import argparse
 import hashlib
 import json
+import math
 import random
 import re
 import shlex
@@ -25,12 +26,12 @@ from PIL import Image, ImageDraw, ImageFont
 import model_llava
 import model_qwen
 from tokprune import (METHODS, NEED_A_LAYER, ORACLES, InputError, check_method, count, flops, format_schedule,
-                      parse_schedule, per_token, prefill, prune, token_information, visual_tokens)
+                      horizon, information_flops, parse_schedule, per_token, prefill, prune, token_information, visual_tokens)
 
 HERE = Path(__file__).resolve().parent
 # config.json's model_type -> the file that implements it; it refuses llava_llama and says what to use instead
 MODELS = {"llava": model_llava, "llava_llama": model_llava, "qwen2_5_vl": model_qwen}
-WINDOW = 2                      # information is measured in windows of 2x2 tokens, as in the paper
+NOISE = 0.01                    # information below this is called none: bfloat16 resolves a probability no better
 
 
 # ---- benchmarks -------------------------------------------------------------------------------------------------
@@ -155,8 +156,8 @@ def normalise(answer: str) -> str:
 BENCHMARKS = {"mme": (load_mme, score_mme), "textvqa": (load_textvqa, soft_accuracy)}
 
 
-def load_benchmark(name: str, data: Path, limit: int | None, seed: int) -> list[Question]:
-    """All questions, or about `limit`, drawn by seed; the questions of an image stay together."""
+def load_benchmark(name: str, data: Path) -> list[Question]:
+    """All questions of a benchmark. Raises InputError."""
     questions = BENCHMARKS[name][0](data)
     if not questions:
         raise InputError(f"--data {data}: no {name} found in it")
@@ -167,16 +168,18 @@ def load_benchmark(name: str, data: Path, limit: int | None, seed: int) -> list[
             raise InputError(f"{name}: question {question.id} is there twice, about {twin.image} and {question.image}")
         if not question.image.exists():
             raise InputError(f"{question.image}: not found; question {question.id} of {name} is about it")
-    if limit is None or limit >= len(questions):
-        return questions
+    return questions
+
+
+def draw(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
+    """About `limit` of them, by seed, all if None; the questions of an image stay together."""
     images = sorted({q.image for q in questions})
     random.Random(seed).shuffle(images)
-    chosen, room = set(), limit
+    chosen, room = set(), len(questions) if limit is None else limit
     for image in images:
-        chosen.add(image)
-        room -= sum(q.image == image for q in questions)
-        if room <= 0:
-            break
+        if room > 0:
+            chosen.add(image)
+            room -= sum(q.image == image for q in questions)
     return [q for q in questions if q.image in chosen]
 
 
@@ -213,9 +216,10 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
     oracle = defaultdict(dict)                          # by layer and method
     for method, target in ORACLES.items():
         layers = sorted({layer for layer, m, _ in stages if m == method})
-        maps = token_information(model, stream, question.gold, layers, WINDOW, target=target) if layers else []
+        maps = token_information(model, stream, question.gold, layers, args.window, target=target,
+                                 max_batch_tokens=args.max_batch_tokens) if layers else []
         for layer, found in zip(layers, maps):
-            oracle[layer][method] = per_token(found, full.grid, WINDOW)
+            oracle[layer][method] = per_token(found, full.grid, args.window)
     measured = now()
     batches = defaultdict(list)
     for cell in cells:
@@ -288,6 +292,81 @@ def progress(line: str):
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
+# ---- information and horizon ------------------------------------------------------------------------------------
+
+def measure_information(model, benchmark: str, questions: list[Question], layers: list[int], args, out: Path) -> list[np.ndarray]:
+    """A map (layers, rows, cols) for each question, all of them in out/information.npz, which is written anew every ten
+    seconds and at the end, whatever ends it; what stands there is done."""
+    file = out / "information.npz"
+    try:
+        maps = dict(np.load(file)) if file.exists() else {}
+    except Exception as e:                              # numpy raises what zip, pickle and the file system raise
+        raise InputError(f"{file}: cannot be read as the information of an earlier run ({e})")
+
+    def save():
+        np.savez(file.with_suffix(".new.npz"), **maps)
+        file.with_suffix(".new.npz").rename(file)
+    saved = time.time()
+    try:
+        for i, question in enumerate(questions, 1):
+            key = f"{benchmark}/{question.id}"
+            if key not in maps:
+                stream = model.begin(read_image(question.image), question.prompt)
+                maps[key] = token_information(model, stream, question.gold, layers, args.window, args.information, args.target,
+                                              args.max_batch_tokens).numpy()
+            if time.time() > saved + 10:
+                save()
+                saved = time.time()
+            progress(f"{benchmark} {i}/{len(questions)}  information")
+    finally:
+        save()
+        progress("")
+    return [maps[f"{benchmark}/{question.id}"] for question in questions]
+
+
+def summarise_information(maps: list[np.ndarray], layers: list[int]) -> list[dict]:
+    """For each layer, over the windows of a question and averaged over questions: mean, standard deviation, Gini coefficient
+    of the absolute values, and the share of windows that move the probability by more than NOISE."""
+    rows = []
+    for i, layer in enumerate(layers):
+        values = [found[i].ravel() for found in maps]
+        rows.append({"layer": layer, "mean": float(np.mean([v.mean() for v in values])), "std": float(np.mean([v.std() for v in values])),
+                     "gini": float(np.mean([gini(v) for v in values])), "share": float(np.mean([(abs(v) > NOISE).mean() for v in values]))})
+    return rows
+
+
+def gini(values: np.ndarray) -> float:
+    """0 where all windows tell equally much, towards 1 where one tells all."""
+    x = np.sort(abs(values))
+    return float(((2 * np.arange(1, len(x) + 1) - len(x) - 1) * x).sum() / (len(x) * x.sum())) if x.any() else 0.0
+
+
+def drop_all(args, num_layers: int) -> list[Cell]:
+    """The unpruned model, and every visual token dropped at the input of each layer in turn."""
+    return [Cell("unpruned", (), args.seed)] + [Cell("all dropped", ((layer, "random", 0),), args.seed) for layer in range(num_layers)]
+
+
+def measure_horizon(questions: list[Question], done: list[dict], cells: list[Cell], tolerance: float) -> dict:
+    """`tokprune.horizon` of the cells of `drop_all`: {layer, low, high, draws}, its 95 % interval by bootstrap over images."""
+    image = np.unique([str(q.image) for q in questions], return_inverse=True)[1]
+    scores = np.array([[line["scores"][cell.key] for cell in cells] for line in done])          # (questions, 1 + layers)
+    sums = np.array([np.bincount(image, column) for column in scores.T])                        # (1 + layers, images)
+    picks = np.random.default_rng(0).integers(0, sums.shape[1], (2000, sums.shape[1]))
+    draws = [horizon(total[1:], total[0], tolerance) for total in (sums[:, pick].sum(1) for pick in picks)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    total = scores.mean(0)
+    return {"layer": horizon(total[1:], total[0], tolerance), "low": float(low), "high": float(high), "draws": draws,
+            "scores": [100 * float(score) for score in total[1:]], "unpruned": 100 * float(total[0])}
+
+
+def layer_no_method_beats_random(rows: list[dict]) -> int:
+    """Of a sweep: the first layer from which on no method but the oracles has a paired 95 % interval wholly above random's."""
+    better = [row["layer"] for row in rows if row["method"] in METHODS and row["method"] not in ORACLES
+              and row["minus_random"] and row["minus_random"][1] > 0]
+    later = [layer for layer in layers_of(rows) if layer > max(better, default=-1)]
+    return later[0] if later else layers_of(rows)[-1] + 1
+
+
 # ---- statistics -------------------------------------------------------------------------------------------------
 
 def standard_error(scores: np.ndarray, image: np.ndarray) -> float:
@@ -318,8 +397,9 @@ def mme_totals(questions: list[Question], scores: np.ndarray) -> dict:
             "cognition": sum(v for k, v in subtasks.items() if k in COGNITION)} | subtasks
 
 
-def summarise(model, benchmark: str, questions: list[Question], done: list[dict], cells: list[Cell]) -> list[dict]:
-    """A row for each schedule, its seeds averaged: score and differences in percent, tokens, FLOPs."""
+def summarise(model, benchmark: str, questions: list[Question], done: list[dict], cells: list[Cell], first: str = "") -> list[dict]:
+    """A row for each schedule, its seeds averaged: score and differences in percent, tokens, FLOPs. first: what else to
+    compare with."""
     places = {path: i for i, path in enumerate(sorted({q.image for q in questions}))}
     image = np.array([places[q.image] for q in questions])
     seeds = defaultdict(list)
@@ -337,6 +417,7 @@ def summarise(model, benchmark: str, questions: list[Question], done: list[dict]
             "standard_error": standard_error(s, image), "seeds": len(seeds[spec]),
             "minus_unpruned": paired_difference(s, scores[""], image) if spec else None,
             "minus_random": paired_difference(s, scores[baseline], image) if baseline in scores and baseline != spec else None,
+            "minus_first": paired_difference(s, scores[first], image) if first and spec not in ("", first) else None,
             "kept": float(np.mean([t[-1] for t in tokens])), "mean_visual_tokens": float(np.mean(tokens)),
             "gflops": float(np.mean([flops(model.config.text, [line["text_rows"] + v for v in t])
                                      for line, t in zip(done, tokens)])) / 1e9,
@@ -372,16 +453,18 @@ def print_table(benchmark: str, rows: list[dict]):
         print(f"\n| {benchmark}, layer | " + " | ".join(methods) + " |\n" + "|---:" * (1 + len(methods)) + "|")
         for layer in layers:
             print(f"| {layer} | " + " | ".join(by.get((m, layer), "-") for m in methods) + " |")
-        print()
+        print(f"\n{benchmark}: no method beats random from layer {layer_no_method_beats_random(rows)} on (paired 95 % intervals; oracles apart)\n")
         return
     mme = " MME |" if benchmark == "mme" else ""
-    print(f"\n| {benchmark} | score | ± |{mme} - unpruned | - random | kept | mean tokens | GFLOPs | prefill ms |")
-    print("|---|" + "---:|" * (8 + bool(mme)))
+    first = " - first |" if any(row["minus_first"] for row in rows) else ""
+    print(f"\n| {benchmark} | score | ± |{mme} - unpruned | - random |{first} kept | mean tokens | GFLOPs | prefill ms |")
+    print("|---|" + "---:|" * (8 + bool(mme) + bool(first)))
     for row in rows:
         total = f" {row['mme']['perception'] + row['mme']['cognition']:.0f} |" if mme else ""
         milliseconds = "-" if row["prefill_ms"] is None else f"{row['prefill_ms']:.1f}"
         print(f"| {row['method']} | {row['score']:.1f} | {row['standard_error']:.1f} |{total} "
-              f"{difference(row['minus_unpruned'])} | {difference(row['minus_random'])} | {row['kept']:g} | "
+              f"{difference(row['minus_unpruned'])} | {difference(row['minus_random'])} | "
+              + f"{difference(row['minus_first'])} | " * bool(first) + f"{row['kept']:.3g} | "
               f"{row['mean_visual_tokens']:.1f} | {row['gflops']:.3g} | {milliseconds} |")
     print()
 
@@ -398,43 +481,88 @@ def difference(values) -> str:
 # ---- pictures ---------------------------------------------------------------------------------------------------
 
 INK = dict(zip(METHODS, ["#7f7f7f", "#d62728", "#ff7f0e", "#2ca02c", "#1f77b4", "#9467bd", "#111111", "#17becf"]))
+PANEL = (620, 380)
+FONT, SMALL = ImageFont.load_default(15), ImageFont.load_default(12)
+
+
+def axes(draw, panel: int, title: str, layers: list[int], caption: str):
+    """A frame for percents against layers, -> where a point (layer, percent) lies, and where the legend starts."""
+    width, height, (x0, y0) = *PANEL, (panel * PANEL[0] + 60, 46)
+    x1, y1, low, high = (panel + 1) * width - 130, height - 40, layers[0] - 0.5, layers[-1] + 0.5
+
+    def place(layer, percent):
+        return x0 + (layer - low) / (high - low) * (x1 - x0), y1 - percent / 100 * (y1 - y0)
+    draw.text(((x0 + x1) / 2, 18), title, "black", FONT, anchor="mm")
+    draw.text(((x0 + x1) / 2, height - 4), caption, "black", SMALL, anchor="mm")
+    for percent in range(0, 101, 20):
+        x, y = place(low, percent)
+        draw.line((x0, y, x1, y), "#e4e4e4")
+        draw.text((x - 8, y), f"{percent}", "black", SMALL, anchor="rm")
+    for layer in layers[::-(-len(layers) // 12)]:
+        draw.text((place(layer, 0)[0], y1 + 12), f"{layer}", "black", SMALL, anchor="mm")
+    return place, (x1 + 6, (y0 + y1) / 2 - 60)
+
+
+def draw_curve(draw, place, legend, number: int, name: str, points: list[tuple[int, float]], ink: str):
+    dots = [place(*point) for point in points]
+    draw.line(dots, ink, 2, joint="curve")
+    for x, y in dots:
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), ink)
+    x, y = legend[0], legend[1] + 17 * number
+    draw.line((x, y, x + 18, y), ink, 3)
+    draw.text((x + 24, y), name, "black", SMALL, anchor="lm")
+
+
+def draw_dashes(draw, start, end, caption: str):
+    (x0, y0), (x1, y1) = start, end
+    length = math.hypot(x1 - x0, y1 - y0)
+    for at in range(0, int(length), 8):
+        points = [(x0 + (x1 - x0) * t / length, y0 + (y1 - y0) * t / length) for t in (at, min(at + 4, length))]
+        draw.line(points, "black")
+    draw.text((x1 - 4, y1 - 2), caption, "black", SMALL, anchor="rs")
 
 
 def plot(report: dict, path: Path):
     """Score against layer, a panel a benchmark, a method a line; dashed: the unpruned model, and the one without image."""
-    width, height, left, top = 620, 380, 60, 46
-    picture = Image.new("RGB", (width * len(report), height + 30), "white")
-    draw, font, small = ImageDraw.Draw(picture), ImageFont.load_default(15), ImageFont.load_default(12)
+    picture = Image.new("RGB", (PANEL[0] * len(report), PANEL[1] + 30), "white")
+    draw = ImageDraw.Draw(picture)
     for panel, (benchmark, rows) in enumerate(report.items()):
-        x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 110, top, height - 40
         layers = layers_of(rows)
-        low, high = layers[0] - 0.5, layers[-1] + 0.5
-
-        def place(layer, score):
-            return x0 + (layer - low) / (high - low) * (x1 - x0), y1 - score / 100 * (y1 - y0)
-        draw.text(((x0 + x1) / 2, 18), benchmark, "black", font, anchor="mm")
-        draw.text(((x0 + x1) / 2, height - 4), "pruned at the input of layer", "black", small, anchor="mm")
-        for score in range(0, 101, 20):
-            x, y = place(low, score)
-            draw.line((x0, y, x1, y), "#e4e4e4")
-            draw.text((x - 8, y), f"{score}", "black", small, anchor="rm")
-        for layer in layers[::-(-len(layers) // 12)]:
-            draw.text((place(layer, 0)[0], y1 + 12), f"{layer}", "black", small, anchor="mm")
+        place, legend = axes(draw, panel, benchmark, layers, "pruned at the input of layer")
         for row in rows:
             if row["method"] in ("unpruned", "no image"):
-                y = place(low, row["score"])[1]
-                for x in range(x0, x1, 8):
-                    draw.line((x, y, x + 4, y), "black")
-                draw.text((x1 - 4, y - 2), row["method"], "black", small, anchor="rs")
-        lines = {m: [(row["layer"], row["score"]) for row in rows if row["method"] == m] for m in METHODS}
+                draw_dashes(draw, place(layers[0] - 0.5, row["score"]), place(layers[-1] + 0.5, row["score"]), row["method"])
+        lines = {m: sorted((row["layer"], row["score"]) for row in rows if row["method"] == m) for m in METHODS}
         for i, (method, points) in enumerate((m, p) for m, p in lines.items() if p):
-            dots, ink = [place(*point) for point in sorted(points)], INK.get(method, "#8c564b")
-            draw.line(dots, ink, 2, joint="curve")
-            for x, y in dots:
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), ink)
-            y = (y0 + y1) / 2 - 50 + 17 * i
-            draw.line((x1 + 6, y, x1 + 24, y), ink, 3)
-            draw.text((x1 + 30, y), method, "black", small, anchor="lm")
+            draw_curve(draw, place, legend, i, method, points, INK.get(method, "#8c564b"))
+    picture.save(path)
+
+
+def plot_information(report: dict, pictures: dict, path: Path):
+    """For each benchmark: information by layer, its mean and spread in percent of their largest value, and the score with
+    everything dropped in percent of the unpruned one, the horizon dashed; below, one image's map at six layers."""
+    picture = Image.new("RGB", (PANEL[0] * len(report), PANEL[1] + 30 + 130), "white")
+    draw = ImageDraw.Draw(picture)
+    for panel, (benchmark, found) in enumerate(report.items()):
+        rows, end = found["information"], found["horizon"]
+        layers = [row["layer"] for row in rows]
+        place, legend = axes(draw, panel, benchmark, layers, "at the input of layer")
+        for i, (name, key, ink) in enumerate([("mean", "mean", "#1f77b4"), ("spread", "std", "#ff7f0e")]):
+            top = max(max(row[key] for row in rows), 1e-12)
+            draw_curve(draw, place, legend, i, name, [(row["layer"], max(0, 100 * row[key] / top)) for row in rows], ink)
+        draw_curve(draw, place, legend, 2, "all dropped", [(layer, min(100, 100 * end["scores"][layer] / max(end["unpruned"], 1e-12))) for layer in layers], "#7f7f7f")
+        if layers[0] <= end["layer"] <= layers[-1]:
+            draw_dashes(draw, place(end["layer"], 0), place(end["layer"], 100), "horizon")
+        canvas, grid, maps = pictures[benchmark]
+        canvas = canvas.resize((84, round(84 * canvas.height / canvas.width)), Image.BICUBIC)
+        shown = [layers[round(i * (len(layers) - 1) / 5)] for i in range(6)]
+        top = max(float(maps.max()), 1e-12)
+        for i, layer in enumerate(shown):
+            heat = Image.fromarray((255 * np.clip(maps[layers.index(layer)] / top, 0, 1)).astype(np.uint8)).resize(canvas.size, Image.NEAREST)
+            tile = Image.composite(Image.new("RGB", canvas.size, "#d62728"), canvas.convert("L").convert("RGB"), heat.point(lambda v: v * 0.8))
+            x, y = panel * PANEL[0] + 30 + 94 * i, PANEL[1] + 40
+            picture.paste(tile, (x, y))
+            draw.text((x + 42, y - 9), f"layer {layer}", "black", SMALL, anchor="mm")
     picture.save(path)
 
 
@@ -488,10 +616,22 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--data", default=HERE / "tiny", type=Path, help="folder that holds the benchmarks (default: tiny)")
     p.add_argument("--bench", default=",".join(BENCHMARKS), help="comma-separated (default: %(default)s)")
     p.add_argument("--method", help=f"comma-separated, of {', '.join(METHODS)} (default: all); random is always added")
-    p.add_argument("--layer", help="0-based, tokens leave at its input: one, several as 2,10,20, or all (default: 20)")
+    p.add_argument("--layer", help="0-based, tokens leave at its input: one, several as 2,10,20, all, or horizon, the measured "
+                   "one (default: 20)")
     p.add_argument("--ratio", help="fraction of the visual tokens removed, 0 to 1 (default: 0.9)")
     p.add_argument("--schedule", action="append", metavar="S",
                    help="instead of these three: 'dart@2=252 random@20:0.9'; repeatable")
+    p.add_argument("--information", nargs="?", const="keep-one", choices=["keep-one", "leave-one-out"],
+                   help="measure token information and the horizon instead (default: keep-one)")
+    p.add_argument("--target", choices=["first", "answer"], default="first",
+                   help="information of the gold answer's first token or of all of it (default: first)")
+    p.add_argument("--window", type=int, default=2, metavar="N", help="information is measured in windows of N x N tokens (default: 2)")
+    p.add_argument("--max-batch-tokens", type=int, default=2 ** 16, metavar="N",
+                   help="bound of a batch of windows, in rows (default: 65536)")
+    p.add_argument("--tolerance", type=float, default=0.01, metavar="T",
+                   help="share of the score that may be lost past the horizon (default: 0.01)")
+    p.add_argument("--calibrate", type=int, default=60, metavar="N",
+                   help="questions that --layer horizon is measured on; they are not scored (default: 60)")
     p.add_argument("--limit", type=int, metavar="N",
                    help="about N questions a benchmark, drawn by seed, whole images (default: all)")
     p.add_argument("--seed", type=int, default=0, help="of random pruning and of --limit (default: 0)")
@@ -511,7 +651,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--image", type=Path, help="one picture instead of the benchmarks; with --question")
     p.add_argument("--question", help="what to ask about --image")
     args = p.parse_args(argv)
-    for flag, low in (("limit", 1), ("seed", 0), ("seeds", 1), ("max_new_tokens", 1), ("min_pixels", 1), ("max_pixels", 1)):
+    for flag, low in (("limit", 1), ("seed", 0), ("seeds", 1), ("max_new_tokens", 1), ("min_pixels", 1), ("max_pixels", 1),
+                      ("window", 1), ("max_batch_tokens", 1), ("calibrate", 1)):
         value = getattr(args, flag)
         if value is not None and not low <= value < 2 ** 31:
             raise InputError(f"--{flag.replace('_', '-')}: {value}, want {low} or more, below 2^31")
@@ -523,6 +664,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             raise InputError(f"--bench: unknown benchmark {benchmark!r}; want one of {', '.join(BENCHMARKS)}")
     if args.schedule and (args.method or args.layer or args.ratio):
         raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
+    if not 0 <= args.tolerance < 1:
+        raise InputError(f"--tolerance: {args.tolerance}, want 0 to below 1, a share of the score")
+    args.horizon = any("horizon" in text for text in (args.layer or "", *(args.schedule or [])))
+    if args.information and (args.schedule or args.method or args.ratio or args.image or args.horizon):
+        raise InputError("--information: takes --layer as numbers or all, and no --method, --ratio, --schedule or --image")
+    if args.horizon and args.image:
+        raise InputError("--layer horizon: is measured on a benchmark; want a number with --image")
     if bool(args.image) != bool(args.question):
         raise InputError("--image and --question go together")
     if args.plot and (args.image or args.schedule or args.plot.suffix != ".png" or not args.plot.parent.is_dir()):
@@ -530,10 +678,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def parse_cells(args, num_layers: int) -> list[Cell]:
-    """The unpruned model, no image at all, then each method at each layer or each schedule, and random beside all of them."""
+def parse_cells(args, num_layers: int, at: int = 0) -> list[Cell]:
+    """The unpruned model, no image at all, then each method at each layer or each schedule, and random beside all of them.
+
+    at: the layer that the word horizon stands for.
+    """
     rows = [("unpruned", ()), ("no image", ((0, "random", 0),))]
-    rows += parse_schedules(args) if args.schedule else parse_methods(args, num_layers)
+    rows += parse_schedules(args, at) if args.schedule else parse_methods(args, num_layers, at)
     cells = {}
     for row, schedule in rows:
         for layer, method, _ in schedule:
@@ -553,10 +704,10 @@ def is_drawn(schedule: tuple) -> bool:
                for _, method, amount in schedule)
 
 
-def parse_schedules(args) -> list[tuple[str, tuple]]:
+def parse_schedules(args, at: int) -> list[tuple[str, tuple]]:
     rows = []
     for text in args.schedule:
-        schedule = tuple(parse_schedule(text))
+        schedule = tuple(parse_schedule(text.replace("@horizon", f"@{at}")))
         if not schedule:
             raise InputError("--schedule: empty, want e.g. 'dart@2=252 random@20:0.9'")
         baseline = tuple((layer, "random", amount) for layer, _, amount in schedule)
@@ -564,13 +715,20 @@ def parse_schedules(args) -> list[tuple[str, tuple]]:
     return rows
 
 
-def parse_methods(args, num_layers: int) -> list[tuple[str, tuple]]:
+def parse_layers(args, num_layers: int, default: str, at: int = 0) -> list[int]:
+    text = args.layer or default
+    try:
+        return list(range(num_layers)) if text == "all" else [at if part == "horizon" else int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--layer {text}: want layers as 20 or 2,10,20 or all or horizon")
+
+
+def parse_methods(args, num_layers: int, at: int) -> list[tuple[str, tuple]]:
+    layers = parse_layers(args, num_layers, "20", at)
     try:
         ratio = float(args.ratio or "0.9")
-        layers = range(num_layers) if args.layer == "all" else [int(layer) for layer in (args.layer or "20").split(",")]
     except ValueError:
-        raise InputError(f"--layer {args.layer or 20} --ratio {args.ratio or 0.9}: "
-                         "want layers as 20 or 2,10,20 or all, and a ratio as 0.9")
+        raise InputError(f"--ratio {args.ratio}: want a fraction as 0.9")
     if not 0 <= ratio <= 1:
         raise InputError(f"--ratio: {args.ratio}, want 0 to 1, the fraction removed")
     if args.method:
@@ -643,35 +801,105 @@ def open_folder(args, argv: list[str], settings: dict) -> Path:
 def main(argv: list[str]):
     args = parse_arguments(argv)
     num_layers, load = load_model(args)
-    cells = parse_cells(args, num_layers)
-    data = {} if args.image else {name: load_benchmark(name, args.data, args.limit, args.seed) for name in args.bench}
+    parse_cells(args, num_layers, num_layers - 1)       # wrong flags are named before anything is loaded
+    data = {} if args.image else {name: load_benchmark(name, args.data) for name in args.bench}
     image = read_image(args.image) if args.image else None
     model = load()
     weight = next(model.parameters())
+    flags = ("layer", "ratio", "method", "schedule", "seed", "seeds", "limit", "positions", "max_new_tokens", "repetition_penalty",
+             "information", "target", "window", "tolerance", "calibrate")
     settings = {"model": str(args.model), "data": str(args.data), "device": str(weight.device), "dtype": str(weight.dtype)[6:],
-                "cells": [cell.key for cell in cells], "limit": args.limit, "seed": args.seed,
-                "max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty,
-                **{bound: getattr(model.config, bound, None) for bound in ("min_pixels", "max_pixels")}, "positions": args.positions, **fingerprint(args, data)}
+                **{flag: getattr(args, flag) for flag in flags},
+                **{bound: getattr(model.config, bound, None) for bound in ("min_pixels", "max_pixels")}, **fingerprint(args, data)}
     out = open_folder(args, argv, settings)
     if image:
-        report = {"question": args.question, "answers": show_image(model, image, args, cells, out)}
+        report = {"question": args.question, "answers": show_image(model, image, args, parse_cells(args, num_layers), out)}
+    elif args.information:
+        report = {"benchmarks": report_information(model, data, args, out)}
     else:
-        report = {"benchmarks": {}}
-        seconds = np.zeros(2)
-        for benchmark, questions in data.items():
-            done = evaluate(model, benchmark, questions, cells, args, out)
-            rows = report["benchmarks"][benchmark] = summarise(model, benchmark, questions, done, cells)
-            seconds += np.sum([(line["ms"], line["oracle_ms"]) for line in done], 0) / 1000
-            if len(layers_of(rows)) <= 1:               # a sweep's table has no room for times
-                milliseconds = time_prefill(model, questions[0], cells, args)
-                rows = report["benchmarks"][benchmark] = [row | {"prefill_ms": milliseconds.get(row["schedule"])} for row in rows]
-            print_table(benchmark, rows)
-        print(f"{seconds[0]:.0f} s for the questions, {seconds[1]:.0f} s of them the oracle's measuring (info); "
-              f"{weight.device}, {str(weight.dtype)[6:]}, {torch.get_num_threads()} threads; "
-              f"repetition penalty {args.repetition_penalty:g}; answers in {out}\n")
-        if args.plot:
-            plot(report["benchmarks"], args.plot)
+        report = report_scores(model, data, args, out)
     print(json.dumps({"command": shlex.join(["eval.py", *argv]), **settings, **report}))
+
+
+def report_scores(model, data: dict, args, out: Path) -> dict:
+    """Every cell on every benchmark, a table each; --layer horizon is measured first, on questions that are then left out."""
+    report, seconds = {"benchmarks": {}, "horizon": {}}, np.zeros(2)
+    for benchmark, questions in data.items():
+        at = 0
+        if args.horizon:
+            at, questions = calibrate(model, benchmark, questions, args, out)
+            report["horizon"][benchmark] = at
+        questions, cells = draw(questions, args.limit, args.seed), parse_cells(args, model.num_layers, at)
+        done = evaluate(model, benchmark, questions, cells, args, out)
+        first = format_schedule(cells[2].schedule) if args.schedule and len(args.schedule) > 1 else ""
+        rows = report["benchmarks"][benchmark] = summarise(model, benchmark, questions, done, cells, first)
+        seconds += np.sum([(line["ms"], line["oracle_ms"]) for line in done], 0) / 1000
+        if len(layers_of(rows)) <= 1:                   # a sweep's table has no room for times
+            milliseconds = time_prefill(model, questions[0], cells, args)
+            rows = report["benchmarks"][benchmark] = [row | {"prefill_ms": milliseconds.get(row["schedule"])} for row in rows]
+        print_table(benchmark, rows)
+    print(f"{seconds[0]:.0f} s for the questions, {seconds[1]:.0f} s of them the oracles' measuring; {where(model)}; "
+          f"repetition penalty {args.repetition_penalty:g}; answers in {out}\n")
+    if args.plot:
+        plot(report["benchmarks"], args.plot)
+    return report
+
+
+def where(model) -> str:
+    weight = next(model.parameters())
+    return f"{weight.device}, {str(weight.dtype)[6:]}, {torch.get_num_threads()} threads"
+
+
+def calibrate(model, benchmark: str, questions: list[Question], args, out: Path) -> tuple[int, list[Question]]:
+    """The horizon of a benchmark on about --calibrate of its questions, and the others."""
+    chosen = draw(questions, args.calibrate, args.seed)
+    others = [q for q in questions if q.image not in {c.image for c in chosen}]
+    if not others:
+        raise InputError(f"--calibrate: {args.calibrate} questions are all that {benchmark} has; want some left to score")
+    cells = drop_all(args, model.num_layers)
+    (out / "calibration").mkdir(exist_ok=True)
+    end = measure_horizon(chosen, evaluate(model, benchmark, chosen, cells, args, out / "calibration"), cells, args.tolerance)
+    if end["layer"] == model.num_layers:
+        raise InputError(f"--layer horizon: {benchmark} has none, dropping all costs more than {args.tolerance:g} of the score at every layer")
+    print(f"{benchmark}: horizon at layer {end['layer']}, measured on {len(chosen)} questions; {len(others)} others are left to score")
+    return end["layer"], others
+
+
+def report_information(model, data: dict, args, out: Path) -> dict:
+    """A table by layer for each benchmark, its horizon by two rules, and a picture."""
+    report, pictures, layers = {}, {}, sorted(set(parse_layers(args, model.num_layers, "all")))
+    for benchmark, questions in data.items():
+        questions, cells = draw(questions, args.limit, args.seed), drop_all(args, model.num_layers)
+        done = evaluate(model, benchmark, questions, cells, args, out)
+        end = measure_horizon(questions, done, cells, args.tolerance)
+        maps = measure_information(model, benchmark, questions, layers, args, out)
+        rows = summarise_information(maps, layers)
+        stream = model.begin(read_image(questions[0].image), questions[0].prompt)
+        first, V = stream.visual
+        pictures[benchmark] = model.canvas(read_image(questions[0].image)), stream.grid, maps[0]
+        ours, official = information_flops(model.config.text, (first, stream.x.shape[1] - first - V), stream.grid, layers, args.window, args.information)
+        # only where the first measured layer tells something can what is left be told from nothing
+        faint = [row["layer"] for row in rows if abs(row["mean"]) >= 0.01 * rows[0]["mean"]]
+        gone = next((layer for layer in layers if layer > max(faint, default=-1)), None) if rows[0]["mean"] > 0 else None
+        print(f"\n| {benchmark}, layer | all dropped | information | spread | Gini | windows over {NOISE:g} |\n" + "|---:" * 6 + "|")
+        for row in rows:
+            print(f"| {row['layer']} | {end['scores'][row['layer']]:.1f} | {row['mean']:.4f} | {row['std']:.4f} | {row['gini']:.2f} | {100 * row['share']:.0f} % |")
+        print(f"\n{benchmark}: unpruned {end['unpruned']:.1f}; horizon at layer {end['layer']} [{end['low']:g}, {end['high']:g}], from which on dropping "
+              f"every visual token costs at most {args.tolerance:.0%} (our rule; 95 % bootstrap over images)")
+        print(f"{benchmark}: mean information under 1 % of layer {layers[0]}'s from layer {'-' if gone is None else gone} on (our rule)")
+        print(f"{benchmark}: {ours / 1e9:.3g} GFLOPs a question; the official procedure would take {official / 1e9:.3g}, {official / ours:.1f} times as many")
+        report[benchmark] = {"information": rows, "horizon": end, "gone": gone, "gflops": ours / 1e9, "official_gflops": official / 1e9}
+    if len(report) == 2:
+        a, b = report
+        difference = np.subtract(report[b]["horizon"]["draws"], report[a]["horizon"]["draws"])
+        low, high = np.percentile(difference, [2.5, 97.5])
+        print(f"\n{b}'s horizon lies {report[b]['horizon']['layer'] - report[a]['horizon']['layer']:+d} [{low:+g}, {high:+g}] layers from {a}'s")
+    plot_information(report, pictures, args.plot or out / "information.png")
+    print(f"\n{args.information}, {args.target}, windows of {args.window}x{args.window}; {where(model)}; maps in {out / 'information.npz'}, picture in "
+          f"{args.plot or out / 'information.png'}\n")
+    for found in report.values():
+        del found["horizon"]["draws"]
+    return report
 
 
 if __name__ == "__main__":

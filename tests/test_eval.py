@@ -174,7 +174,7 @@ def test_the_one_loop_answers_as_each_schedule_does_on_its_own(tmp_path):
     model, cells = load(), evaluation.parse_cells(args, num_layers)
     assert [cell.key.rpartition(" seed ")[0] or cell.key for cell in cells] == [
         "unpruned", "random@0=0", *["divprune@0:0.5 random@12=5"] * 3, *["random@0:0.5 random@12=5"] * 3, "fastv@6=7", *["random@6=7"] * 3]
-    for question in evaluation.load_benchmark("textvqa", TINY, 4, 0):
+    for question in evaluation.draw(evaluation.load_benchmark("textvqa", TINY), 4, 0):
         image = evaluation.read_image(question.image)
         got = evaluation.answer_cells(model, question, image, cells, args)
         for cell in cells:
@@ -203,6 +203,95 @@ def test_one_picture_is_answered_with_and_without_pruning(capsys, tmp_path):
     assert blind.mean() > unpruned.mean() + 5                                  # dimmed towards white
 
 
+# ---- information and horizon ------------------------------------------------------------------------------------
+
+INFORMATION = ["--information", "--limit", 4, "--layer", "1,12,23"]
+
+
+def test_information_is_printed_stored_and_drawn_and_an_interrupted_run_goes_on(capsys, tmp_path, monkeypatch):
+    printed, want = run(capsys, *INFORMATION, "--out", tmp_path)
+    maps = dict(np.load(tmp_path / "information.npz"))
+    questions = [q for name in BENCHMARKS for q in evaluation.draw(evaluation.load_benchmark(name, TINY), 4, 0)]
+    assert sorted(key.partition("/")[2] for key in maps) == sorted(q.id for q in questions)
+    assert all(found.shape[0] == 3 and found.dtype == np.float32 for found in maps.values())
+    for benchmark in BENCHMARKS:
+        rows = want["benchmarks"][benchmark]["information"]
+        values = [found.reshape(3, -1) for key, found in maps.items() if key.startswith(benchmark)]
+        assert [row["std"] for row in rows] == pytest.approx(np.mean([v.std(1) for v in values], 0), rel=1e-5)
+        assert re.search(rf"^\| 12 \| .* \| {rows[1]['mean']:.4f} \| {rows[1]['std']:.4f} \|", printed, re.M)
+    assert Image.open(tmp_path / "information.png").size[0] > 1000
+    key = sorted(maps)[0]
+    np.savez(tmp_path / "information.npz", **{k: v for k, v in maps.items() if k != key})
+    calls, original = [], evaluation.token_information
+    monkeypatch.setattr(evaluation, "token_information", lambda *a, **k: calls.append(1) or original(*a, **k))
+    assert run(capsys, *INFORMATION, "--out", tmp_path)[1] == want and len(calls) == 1
+    (tmp_path / "information.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match="information.npz: cannot be read"):
+        main([str(flag) for flag in [*INFORMATION, "--out", tmp_path]])
+
+
+def test_what_is_measured_survives_an_interruption(tmp_path, monkeypatch):
+    calls, original = [], evaluation.token_information
+
+    def stops(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+    monkeypatch.setattr(evaluation, "token_information", stops)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(flag) for flag in [*INFORMATION, "--out", tmp_path]])
+    assert len(np.load(tmp_path / "information.npz").files) == 2
+
+
+@pytest.mark.parametrize("values, want", [([1, 1, 1, 1], 0), ([0, 0, 0, -1], 0.75), ([0, 0], 0), ([1, 3], 0.25)])
+def test_gini_worked_by_hand(values, want):
+    assert evaluation.gini(np.array(values, float)) == pytest.approx(want)
+
+
+def test_horizon_of_a_benchmark_has_an_interval_over_images():
+    """Ten images of two questions; from layer 2 on one image is lost, from layer 3 on none: half of the draws miss that image."""
+    cells = evaluation.drop_all(evaluation.parse_arguments([]), 4)
+    questions = [Question(f"{i}/{j}", Path(f"{i}"), "", ["x"]) for i in range(10) for j in range(2)]
+    right = lambda q, layer: layer is None or layer >= 3 or (layer == 2 and q.image.name != "0")
+    done = [{"scores": {cell.key: float(right(q, cell.schedule[0][0] if cell.schedule else None)) for cell in cells}} for q in questions]
+    found = evaluation.measure_horizon(questions, done, cells, 0.01)
+    assert (found["layer"], found["low"], found["high"], found["unpruned"]) == (3, 2, 3, 100) and found["scores"] == [0, 0, 90, 100]
+    assert np.mean(np.array(found["draws"]) == 2) == pytest.approx(0.9 ** 10, abs=0.05)
+    assert evaluation.measure_horizon(questions, done, cells, 0.1)["layer"] == 2
+
+
+def test_layer_from_which_no_method_beats_random_asks_for_a_whole_interval():
+    row = lambda method, layer, low: {"method": method, "layer": layer, "minus_random": None if method == "random" else (low + 1, low, low + 2)}
+    rows = [row(*x) for x in [("random", 1, 0), ("dart", 1, 1), ("random", 2, 0), ("dart", 2, 0.5), ("random", 3, 0), ("dart", 3, -0.5),
+                              ("random", 4, 0), ("dart", 4, -1), ("info", 4, 9)]]
+    assert evaluation.layer_no_method_beats_random(rows) == 3
+    assert evaluation.layer_no_method_beats_random(rows + [row("dart", 4, 2)]) == 5
+
+
+def test_layer_horizon_prunes_at_the_measured_one_and_scores_other_questions(capsys, tmp_path):
+    printed, report = run(capsys, "--layer", "horizon", "--ratio", 1.0, "--method", "random", "--limit", 10, "--calibrate", 20, "--out", tmp_path)
+    for benchmark in BENCHMARKS:
+        at = report["horizon"][benchmark]
+        assert f"{benchmark}: horizon at layer {at}, measured on" in printed
+        assert report["benchmarks"][benchmark][-1]["schedule"] == f"random@{at}:1.0"
+        images = {q.id: q.image for q in evaluation.load_benchmark(benchmark, TINY)}
+        seen = [{images[line["id"]] for line in evaluation.read_answers(file) if line["benchmark"] == benchmark}
+                for file in (tmp_path / "answers.jsonl", tmp_path / "calibration" / "answers.jsonl")]
+        assert all(seen) and not seen[0] & seen[1]
+    _, other = run(capsys, "--schedule", "divprune@0=9 random@horizon=0", "--bench", "mme", "--limit", 4, "--calibrate", 20, "--out", tmp_path / "b")
+    assert other["benchmarks"]["mme"][2]["schedule"] == f"divprune@0=9 random@{report['horizon']['mme']}=0"
+
+
+def test_the_first_of_several_schedules_is_compared_with_the_others(capsys, tmp_path):
+    printed, report = run(capsys, "--schedule", "divprune@2=20", "--schedule", "divprune@2=29 random@16=0", "--limit", 6, "--out", tmp_path)
+    for benchmark in BENCHMARKS:
+        rows = {row["schedule"]: row for row in report["benchmarks"][benchmark]}
+        first, second = rows["divprune@2=20"], rows["divprune@2=29 random@16=0"]
+        assert first["minus_first"] is None and second["minus_first"][0] == pytest.approx(second["score"] - first["score"])
+    assert "- first |" in printed
+
+
 # ---- bad input --------------------------------------------------------------------------------------------------
 
 def truncated(tmp_path):
@@ -226,6 +315,12 @@ def truncated(tmp_path):
     ("--limit 0", "--limit: 0, want 1 or more"), ("--seeds 0", "--seeds: 0"), ("--max-new-tokens 0", "--max-new-tokens: 0"),
     ("--image nowhere.png --question x", "nowhere.png"), ("--image README.md --question x", "cannot be read as an image"),
     ("--image TRUNCATED --question x", "half.jpg: cannot be read as an image"), ("--question x", "--image and --question go together"),
+    ("--information --ratio 0.5", "--information: takes --layer"), ("--information both", "--information"),
+    ("--information --layer 1,99", "layer 99 is out of range"), ("--layer horizon --image tiny/layers.png --question x", "--layer horizon"),
+    ("--layer horizon --calibrate 5000", "--calibrate: 5000"), ("--tolerance 2", "--tolerance: 2"), ("--window 0", "--window: 0"),
+    ("--max-batch-tokens 0", "--max-batch-tokens: 0"), ("--repetition-penalty 0", "--repetition-penalty: 0"),
+    ("--min-pixels 5000", "these are for Qwen2.5-VL"), ("--model tests/golden/qwen_tied --layer 1 --positions compact", "--positions compact"),
+    ("--model tests/golden/qwen_tied --layer 1 --min-pixels 5000 --max-pixels 4000", "min_pixels is 5000, max_pixels 4000"),
     ("--dtype int3", "--dtype"), ("--nonsense", "--nonsense"), ("--out README.md", "--out README.md: cannot be written")])
 def test_bad_input_is_one_line_that_names_it(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -256,7 +351,7 @@ def test_wrong_data_is_named(change, message, tmp_path):
     (tmp_path / "OCR" / "0001.txt").write_text("\ufeffIs it? Please answer yes or no. \tYes\r\n\nIs it not?  Please answer yes or no.\tNo \n")
     (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [
         {"question": "WHAT?", "question_id": 0, "image_id": "1", "answers": ["a"] * 10}]}))
-    load = lambda: [evaluation.load_benchmark(name, tmp_path, None, 0) for name in BENCHMARKS]
+    load = lambda: [evaluation.load_benchmark(name, tmp_path) for name in BENCHMARKS]
     assert [[q.prompt for q in questions] for questions in load()] == [["Is it?" + evaluation.SHORT, "Is it not?" + evaluation.SHORT],
                                                                        ["What?" + evaluation.SHORT]]
     change(tmp_path)

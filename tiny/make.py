@@ -263,10 +263,12 @@ MME = {"existence": ask_existence, "count": ask_count, "position": ask_top, "col
 # Of these pairs, which stage of the training asks one question and which both; see STAGES.
 ONE = {"answers": [ask_existence, ask_count, ask_relation, ask_color, ask_word], "last": [ask_existence, ask_count, ask_color]}
 ONE["more"] = ONE["hard"] = ONE["deep"] = ONE["answers"] + [ask_side]
-ONE["qwen-answers"] = ONE["qwen-deep"] = ONE["last"]
+ONE["qwen-answers"] = ONE["last"]
+ONE["qwen-pairs"] = ONE["qwen-deep"] = []
 BOTH = {"answers": [], "more": [], "hard": [ask_relation, ask_word, ask_side, ask_letter], "deep": [ask_side, ask_length],
         "last": [ask_half, ask_half, ask_any_digit]}
-BOTH["qwen-answers"] = BOTH["qwen-deep"] = BOTH["last"] + [ask_open]
+BOTH["qwen-answers"] = BOTH["last"] + [ask_open]
+BOTH["qwen-pairs"] = BOTH["qwen-deep"] = [ask_existence, ask_count, ask_color, ask_half, ask_half, ask_any_digit]
 
 
 def training_questions(rng, scene, stage):
@@ -274,7 +276,7 @@ def training_questions(rng, scene, stage):
     text = ask_text(rng, scene)
     asked = ask_open(rng, scene) if stage in ("answers", "more", "hard") else []
     asked = text + asked if stage in ("answers", "more") else asked
-    asked += ask_more(rng, scene) if stage != "answers" else []
+    asked += ask_more(rng, scene) if stage not in ("answers", "qwen-pairs", "qwen-deep") else []
     for ask in ONE[stage]:
         pair = ask(rng, scene)
         asked += [rng.choice(pair)] if pair else []
@@ -614,7 +616,7 @@ def train_qwen(device) -> Qwen:
     model = make_qwen(14, tokenizer).to(device)
     tower = nn.ModuleList([model.visual, model.model.embed_tokens])
     train("qwen-tower", tower, list(model.visual.blocks), lambda *data: label_loss(model, *data), tokenizer, device)
-    for stage in ("qwen-answers", "qwen-deep"):
+    for stage in ("qwen-answers", "qwen-pairs", "qwen-deep"):
         if stage == "qwen-deep":
             model = double(model, make_qwen).to(device)
         layers = list(model.model.layers) + list(model.visual.blocks)
@@ -694,8 +696,9 @@ STAGES = {                                  # steps, decay of the rate over as m
     "deep": (900, 2500, 1e-3, 16),          # 24 layers; ends while the rate is still high
     "last": (1450, 1450, 9e-4, 16),         # the questions of the benchmarks
     "qwen-tower": (1600, 1600, 1.5e-3, 32),
-    "qwen-answers": (4000, 4000, 1.5e-3, 32),
-    "qwen-deep": (2400, 2400, 1e-3, 16)}
+    "qwen-answers": (1400, 4000, 1.5e-3, 32),
+    "qwen-pairs": (700, 4000, 1.4e-3, 32),
+    "qwen-deep": (1400, 1400, 1e-3, 16)}
 
 
 if __name__ == "__main__":
