@@ -230,7 +230,8 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
         for i, (layer, n) in enumerate(plan):
             s = prune(model, model.run(s, stop=layer), [cell.schedule[i][1] for cell in batch], n,
                       [cell.seed + question.seed for cell in batch], oracle[layer], args.positions)
-        answers |= dict(zip([cell.key for cell in batch], model.decode(model.run(s), args.max_new_tokens, args.repetition_penalty)))
+        said = model.decode(model.run(s), args.max_new_tokens, args.repetition_penalty)
+        answers |= dict(zip([cell.key for cell in batch], said))
     return {"answers": answers, "visual_tokens": N, "text_rows": stream.x.shape[1] - N,
             "ms": round(now() - began, 1), "oracle_ms": round(measured - measuring, 1)}
 
@@ -327,12 +328,15 @@ def measure_information(model, benchmark: str, questions: list[Question], layers
 def summarise_information(maps: list[np.ndarray], layers: list[int]) -> list[dict]:
     """For each layer, over the windows of a question and averaged over questions: mean, standard deviation, Gini coefficient
     of the absolute values, and the share of windows that move the probability by more than NOISE."""
-    rows = []
-    for i, layer in enumerate(layers):
-        values = [found[i].ravel() for found in maps]
-        rows.append({"layer": layer, "mean": float(np.mean([v.mean() for v in values])), "std": float(np.mean([v.std() for v in values])),
-                     "gini": float(np.mean([gini(v) for v in values])), "share": float(np.mean([(abs(v) > NOISE).mean() for v in values]))})
-    return rows
+    measures = {"mean": np.mean, "std": np.std, "gini": gini, "share": lambda v: np.mean(abs(v) > NOISE)}
+    return [{"layer": layer, **{name: float(np.mean([measure(found[i].ravel()) for found in maps]))
+                                for name, measure in measures.items()}} for i, layer in enumerate(layers)]
+
+
+def layer_information_is_gone(rows: list[dict]) -> int | None:
+    """The first layer from which on the mean stays under 1 % of the first layer's; None where that is nothing already."""
+    told = [row["layer"] for row in rows if abs(row["mean"]) >= 0.01 * rows[0]["mean"]]
+    return next((row["layer"] for row in rows if row["layer"] > max(told)), None) if rows[0]["mean"] > 0 else None
 
 
 def gini(values: np.ndarray) -> float:
@@ -343,7 +347,8 @@ def gini(values: np.ndarray) -> float:
 
 def drop_all(args, num_layers: int) -> list[Cell]:
     """The unpruned model, and every visual token dropped at the input of each layer in turn."""
-    return [Cell("unpruned", (), args.seed)] + [Cell("all dropped", ((layer, "random", 0),), args.seed) for layer in range(num_layers)]
+    schedules = [((layer, "random", 0),) for layer in range(num_layers)]
+    return [Cell("unpruned", (), args.seed), *(Cell("all dropped", schedule, args.seed) for schedule in schedules)]
 
 
 def measure_horizon(questions: list[Question], done: list[dict], cells: list[Cell], tolerance: float) -> dict:
@@ -397,7 +402,8 @@ def mme_totals(questions: list[Question], scores: np.ndarray) -> dict:
             "cognition": sum(v for k, v in subtasks.items() if k in COGNITION)} | subtasks
 
 
-def summarise(model, benchmark: str, questions: list[Question], done: list[dict], cells: list[Cell], first: str = "") -> list[dict]:
+def summarise(model, benchmark: str, questions: list[Question], done: list[dict], cells: list[Cell],
+              first: str = "") -> list[dict]:
     """A row for each schedule, its seeds averaged: score and differences in percent, tokens, FLOPs. first: what else to
     compare with."""
     places = {path: i for i, path in enumerate(sorted({q.image for q in questions}))}
@@ -429,7 +435,7 @@ def time_prefill(model, question: Question, cells: list[Cell], args, rounds: int
     """Median milliseconds from the input of layer 0 to the first logits, by spec, alone in its batch; the oracle is not timed."""
     stream = model.begin(read_image(question.image), question.prompt)
     schedules = {format_schedule(cell.schedule): cell.schedule for cell in cells}
-    schedules = {spec: schedule for spec, schedule in schedules.items() if not ORACLES.keys() & {method for _, method, _ in schedule}}
+    schedules = {spec: stages for spec, stages in schedules.items() if not ORACLES.keys() & {stage[1] for stage in stages}}
     spent = defaultdict(list)
     for _ in range(rounds + 1):                         # the first round warms up
         for spec, schedule in schedules.items():
@@ -453,7 +459,8 @@ def print_table(benchmark: str, rows: list[dict]):
         print(f"\n| {benchmark}, layer | " + " | ".join(methods) + " |\n" + "|---:" * (1 + len(methods)) + "|")
         for layer in layers:
             print(f"| {layer} | " + " | ".join(by.get((m, layer), "-") for m in methods) + " |")
-        print(f"\n{benchmark}: no method beats random from layer {layer_no_method_beats_random(rows)} on (paired 95 % intervals; oracles apart)\n")
+        print(f"\n{benchmark}: no method beats random from layer {layer_no_method_beats_random(rows)} on "
+              "(paired 95 % intervals; oracles apart)\n")
         return
     mme = " MME |" if benchmark == "mme" else ""
     first = " - first |" if any(row["minus_first"] for row in rows) else ""
@@ -550,16 +557,18 @@ def plot_information(report: dict, pictures: dict, path: Path):
         for i, (name, key, ink) in enumerate([("mean", "mean", "#1f77b4"), ("spread", "std", "#ff7f0e")]):
             top = max(max(row[key] for row in rows), 1e-12)
             draw_curve(draw, place, legend, i, name, [(row["layer"], max(0, 100 * row[key] / top)) for row in rows], ink)
-        draw_curve(draw, place, legend, 2, "all dropped", [(layer, min(100, 100 * end["scores"][layer] / max(end["unpruned"], 1e-12))) for layer in layers], "#7f7f7f")
+        share = [min(100, 100 * end["scores"][layer] / max(end["unpruned"], 1e-12)) for layer in layers]
+        draw_curve(draw, place, legend, 2, "all dropped", list(zip(layers, share)), "#7f7f7f")
         if layers[0] <= end["layer"] <= layers[-1]:
             draw_dashes(draw, place(end["layer"], 0), place(end["layer"], 100), "horizon")
-        canvas, grid, maps = pictures[benchmark]
+        canvas, maps = pictures[benchmark]
         canvas = canvas.resize((84, round(84 * canvas.height / canvas.width)), Image.BICUBIC)
         shown = [layers[round(i * (len(layers) - 1) / 5)] for i in range(6)]
         top = max(float(maps.max()), 1e-12)
         for i, layer in enumerate(shown):
-            heat = Image.fromarray((255 * np.clip(maps[layers.index(layer)] / top, 0, 1)).astype(np.uint8)).resize(canvas.size, Image.NEAREST)
-            tile = Image.composite(Image.new("RGB", canvas.size, "#d62728"), canvas.convert("L").convert("RGB"), heat.point(lambda v: v * 0.8))
+            told = (200 * np.clip(maps[layers.index(layer)] / top, 0, 1)).astype(np.uint8)
+            heat, ink = Image.fromarray(told).resize(canvas.size, Image.NEAREST), Image.new("RGB", canvas.size, "#d62728")
+            tile = Image.composite(ink, canvas.convert("L").convert("RGB"), heat)
             x, y = panel * PANEL[0] + 30 + 94 * i, PANEL[1] + 40
             picture.paste(tile, (x, y))
             draw.text((x + 42, y - 9), f"layer {layer}", "black", SMALL, anchor="mm")
@@ -625,7 +634,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                    help="measure token information and the horizon instead (default: keep-one)")
     p.add_argument("--target", choices=["first", "answer"], default="first",
                    help="information of the gold answer's first token or of all of it (default: first)")
-    p.add_argument("--window", type=int, default=2, metavar="N", help="information is measured in windows of N x N tokens (default: 2)")
+    p.add_argument("--window", type=int, default=2, metavar="N",
+                   help="information is measured in windows of N x N tokens (default: 2)")
     p.add_argument("--max-batch-tokens", type=int, default=2 ** 16, metavar="N",
                    help="bound of a batch of windows, in rows (default: 65536)")
     p.add_argument("--tolerance", type=float, default=0.01, metavar="T",
@@ -643,7 +653,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="(default: 16)")
     p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P",
                    help="logits of tokens seen are divided by it (default: 1, no penalty)")
-    p.add_argument("--min-pixels", type=int, metavar="N", help="area of a resized image at least; Qwen (default: the checkpoint's)")
+    p.add_argument("--min-pixels", type=int, metavar="N",
+                   help="area of a resized image at least; Qwen (default: the checkpoint's)")
     p.add_argument("--max-pixels", type=int, metavar="N", help="and at most")
     p.add_argument("--positions", choices=["keep", "compact"], default="keep",
                    help="of kept tokens: original or renumbered; LLaVA (default: keep)")
@@ -763,7 +774,8 @@ def load_model(args):
     if module is model_qwen:
         pixels = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
         if args.positions == "compact":
-            raise InputError("--positions compact: a visual token of Qwen2.5-VL has three positions, its place in the image; want keep")
+            raise InputError("--positions compact: a visual token of Qwen2.5-VL has three positions, its place in the image; "
+                             "want keep")
     elif args.min_pixels or args.max_pixels:
         raise InputError("--min-pixels, --max-pixels: LLaVA-1.5 sees every image at one size; these are for Qwen2.5-VL")
     return module.read_config(args.model).text.num_hidden_layers, lambda: module.load(args.model, device, dtype, **pixels)
@@ -806,11 +818,12 @@ def main(argv: list[str]):
     image = read_image(args.image) if args.image else None
     model = load()
     weight = next(model.parameters())
-    flags = ("layer", "ratio", "method", "schedule", "seed", "seeds", "limit", "positions", "max_new_tokens", "repetition_penalty",
-             "information", "target", "window", "tolerance", "calibrate")
+    flags = ("layer", "ratio", "method", "schedule", "seed", "seeds", "limit", "positions", "max_new_tokens",
+             "repetition_penalty", "information", "target", "window", "tolerance", "calibrate")
     settings = {"model": str(args.model), "data": str(args.data), "device": str(weight.device), "dtype": str(weight.dtype)[6:],
                 **{flag: getattr(args, flag) for flag in flags},
-                **{bound: getattr(model.config, bound, None) for bound in ("min_pixels", "max_pixels")}, **fingerprint(args, data)}
+                **{bound: getattr(model.config, bound, None) for bound in ("min_pixels", "max_pixels")},
+                **fingerprint(args, data)}
     out = open_folder(args, argv, settings)
     if image:
         report = {"question": args.question, "answers": show_image(model, image, args, parse_cells(args, num_layers), out)}
@@ -860,46 +873,56 @@ def calibrate(model, benchmark: str, questions: list[Question], args, out: Path)
     (out / "calibration").mkdir(exist_ok=True)
     end = measure_horizon(chosen, evaluate(model, benchmark, chosen, cells, args, out / "calibration"), cells, args.tolerance)
     if end["layer"] == model.num_layers:
-        raise InputError(f"--layer horizon: {benchmark} has none, dropping all costs more than {args.tolerance:g} of the score at every layer")
-    print(f"{benchmark}: horizon at layer {end['layer']}, measured on {len(chosen)} questions; {len(others)} others are left to score")
+        raise InputError(f"--layer horizon: {benchmark} has none; at every layer dropping all costs more than "
+                         f"{args.tolerance:g} of the score")
+    print(f"{benchmark}: horizon at layer {end['layer']}, measured on {len(chosen)} questions; "
+          f"{len(others)} others are left to score")
     return end["layer"], others
 
 
 def report_information(model, data: dict, args, out: Path) -> dict:
-    """A table by layer for each benchmark, its horizon by two rules, and a picture."""
+    """Information and the scores with everything dropped, by layer, for each benchmark: tables, horizons, a picture."""
     report, pictures, layers = {}, {}, sorted(set(parse_layers(args, model.num_layers, "all")))
     for benchmark, questions in data.items():
         questions, cells = draw(questions, args.limit, args.seed), drop_all(args, model.num_layers)
         done = evaluate(model, benchmark, questions, cells, args, out)
-        end = measure_horizon(questions, done, cells, args.tolerance)
         maps = measure_information(model, benchmark, questions, layers, args, out)
-        rows = summarise_information(maps, layers)
-        stream = model.begin(read_image(questions[0].image), questions[0].prompt)
-        first, V = stream.visual
-        pictures[benchmark] = model.canvas(read_image(questions[0].image)), stream.grid, maps[0]
-        ours, official = information_flops(model.config.text, (first, stream.x.shape[1] - first - V), stream.grid, layers, args.window, args.information)
-        # only where the first measured layer tells something can what is left be told from nothing
-        faint = [row["layer"] for row in rows if abs(row["mean"]) >= 0.01 * rows[0]["mean"]]
-        gone = next((layer for layer in layers if layer > max(faint, default=-1)), None) if rows[0]["mean"] > 0 else None
-        print(f"\n| {benchmark}, layer | all dropped | information | spread | Gini | windows over {NOISE:g} |\n" + "|---:" * 6 + "|")
-        for row in rows:
-            print(f"| {row['layer']} | {end['scores'][row['layer']]:.1f} | {row['mean']:.4f} | {row['std']:.4f} | {row['gini']:.2f} | {100 * row['share']:.0f} % |")
-        print(f"\n{benchmark}: unpruned {end['unpruned']:.1f}; horizon at layer {end['layer']} [{end['low']:g}, {end['high']:g}], from which on dropping "
-              f"every visual token costs at most {args.tolerance:.0%} (our rule; 95 % bootstrap over images)")
-        print(f"{benchmark}: mean information under 1 % of layer {layers[0]}'s from layer {'-' if gone is None else gone} on (our rule)")
-        print(f"{benchmark}: {ours / 1e9:.3g} GFLOPs a question; the official procedure would take {official / 1e9:.3g}, {official / ours:.1f} times as many")
-        report[benchmark] = {"information": rows, "horizon": end, "gone": gone, "gflops": ours / 1e9, "official_gflops": official / 1e9}
+        image = read_image(questions[0].image)
+        stream = model.begin(image, questions[0].prompt)
+        start, V = stream.visual
+        text = start, stream.x.shape[1] - start - V
+        pictures[benchmark], rows = (model.canvas(image), maps[0]), summarise_information(maps, layers)
+        cost = information_flops(model.config.text, text, stream.grid, layers, args.window, args.information)
+        report[benchmark] = {"information": rows, "horizon": measure_horizon(questions, done, cells, args.tolerance),
+                             "gone": layer_information_is_gone(rows), "gflops": [flops / 1e9 for flops in cost]}
+        print_information(benchmark, report[benchmark], args)
     if len(report) == 2:
-        a, b = report
-        difference = np.subtract(report[b]["horizon"]["draws"], report[a]["horizon"]["draws"])
-        low, high = np.percentile(difference, [2.5, 97.5])
-        print(f"\n{b}'s horizon lies {report[b]['horizon']['layer'] - report[a]['horizon']['layer']:+d} [{low:+g}, {high:+g}] layers from {a}'s")
-    plot_information(report, pictures, args.plot or out / "information.png")
-    print(f"\n{args.information}, {args.target}, windows of {args.window}x{args.window}; {where(model)}; maps in {out / 'information.npz'}, picture in "
-          f"{args.plot or out / 'information.png'}\n")
+        (a, first), (b, second) = ((name, found["horizon"]) for name, found in report.items())
+        low, high = np.percentile(np.subtract(second["draws"], first["draws"]), [2.5, 97.5])
+        print(f"{b}'s horizon lies {second['layer'] - first['layer']:+d} [{low:+g}, {high:+g}] layers from {a}'s\n")
+    picture = args.plot or out / "information.png"
+    plot_information(report, pictures, picture)
+    print(f"{args.information}, {args.target}, windows of {args.window}x{args.window}; {where(model)}; "
+          f"maps in {out / 'information.npz'}, picture in {picture}\n")
     for found in report.values():
         del found["horizon"]["draws"]
     return report
+
+
+def print_information(benchmark: str, found: dict, args):
+    rows, end, (ours, official) = found["information"], found["horizon"], found["gflops"]
+    print(f"\n| {benchmark}, layer | all dropped | information | spread | Gini | windows over {NOISE:g} |")
+    print("|---:" * 6 + "|")
+    for row in rows:
+        print(f"| {row['layer']} | {end['scores'][row['layer']]:.1f} | {row['mean']:.4f} | {row['std']:.4f} | "
+              f"{row['gini']:.2f} | {row['share']:.0%} |")
+    print(f"\n{benchmark}: unpruned {end['unpruned']:.1f}; horizon at layer {end['layer']} "
+          f"[{end['low']:g}, {end['high']:g}]: from there on dropping every visual token costs at most "
+          f"{args.tolerance:.0%} (our rule; 95 % bootstrap over images)")
+    print(f"{benchmark}: mean information under 1 % of layer {rows[0]['layer']}'s from layer {found['gone'] or '-'} on "
+          "(our rule)")
+    print(f"{benchmark}: {ours:.3g} GFLOPs for the first question; the official procedure would take {official:.3g}, "
+          f"{official / ours:.1f} times as many\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 The decoder loop is `Qwen.run`: it moves a Stream forward by layers and stops wherever you ask, so that
 tokprune can take visual rows out of it. Everything here is the published model; pruning is not its business.
 
-    B variants of one prompt   T rows   V visual tokens   P patches   C width   H heads   G key/value heads   D head width   L layers
+    B variants of one prompt   T rows   V visual tokens   P patches
+    C width   H heads   G key/value heads   D head width   L layers
 """
 import json
 import math
@@ -113,7 +114,8 @@ def read_config(path: Path) -> Config:
         if found != want:
             raise InputError(f"{path}/config.json: {name} is {found!r}, want {want!r}; nothing else is implemented")
     if not v.fullatt_block_indexes or not all(i in range(v.depth) for i in v.fullatt_block_indexes):
-        raise InputError(f"{path}/config.json: fullatt_block_indexes is {v.fullatt_block_indexes}, want blocks of 0..{v.depth - 1}")
+        raise InputError(f"{path}/config.json: fullatt_block_indexes is {v.fullatt_block_indexes}, "
+                         f"want blocks of 0..{v.depth - 1}")
     return config
 
 
@@ -207,7 +209,8 @@ class Qwen(nn.Module):
         ids = self.tokenizer.encode(PROMPT.format(question=question)).ids
         places = [i for i, token in enumerate(ids) if token == self.config.image_token]
         if len(places) != 1:
-            raise InputError(f"prompt holds {len(places)} <|image_pad|> tokens (id {self.config.image_token}), want 1: {question!r}")
+            raise InputError(f"prompt holds {len(places)} <|image_pad|> tokens (id {self.config.image_token}), want 1: "
+                             f"{question!r}")
         start, V = places[0], features.shape[1]
         ids = torch.tensor(ids[:start] + [ids[start]] * V + ids[start + 1:], device=device)
         x = embed(ids)
@@ -404,7 +407,8 @@ class VisionTower(nn.Module):
         self.c = c
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Module()             # the checkpoint's Conv3d, applied as the matrix product it is
-        self.patch_embed.proj.weight = nn.Parameter(torch.zeros(c.hidden_size, 3, c.temporal_patch_size, c.patch_size, c.patch_size))
+        patch = (3, c.temporal_patch_size, c.patch_size, c.patch_size)
+        self.patch_embed.proj.weight = nn.Parameter(torch.zeros(c.hidden_size, *patch))
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
         self.merger = Merger(c)
 
@@ -455,7 +459,9 @@ def windows(grid: tuple[int, int], side: int, patches: int, device) -> tuple[Ten
 
 def column_mean(q: Tensor, k: Tensor) -> Tensor:
     """Mean attention each patch receives, (B, P) float32, over heads and rows; the matrix is never held as a whole."""
-    total = sum((part.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).sum((1, 2)) for part in q.split(512, 2))
+    keys, total = k.float().transpose(-1, -2) * q.shape[-1] ** -0.5, 0
+    for part in q.split(512, 2):                                               # (B, H, 512, D)
+        total = total + (part.float() @ keys).softmax(-1).sum((1, 2))
     return total / (q.shape[1] * q.shape[2])
 
 

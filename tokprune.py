@@ -282,7 +282,8 @@ def info(view: View, n: int) -> Tensor:
     As "info" of its first token, the paper's measure; as "info-answer" of all of it.
     """
     if view.info is None:
-        raise InputError("info and info-answer are oracles: they need information measured with the gold answer, which only an evaluation has")
+        raise InputError("info and info-answer are oracles: they need information measured with the gold answer, "
+                         "which only an evaluation has")
     return top(view.info, n)
 
 

@@ -8,8 +8,11 @@ import mutants
 import pytest
 import torch
 from checkpoints import GOLDEN, MODULES, begin, decoder, greedy, load, recording
+from published import HUB_7B
 from safetensors.torch import load_file, save_file
 
+import model_llava
+import model_qwen
 import tokprune
 
 # float32 against a float64 original; and both in float64, where the order of summation hides nothing
@@ -216,6 +219,14 @@ def test_answer_id_is_the_token_emitted_after_the_prompt(checkpoint, space):
     prompt = MODULES[checkpoint].PROMPT.format(question="what?")
     ids = model.tokenizer.encode(prompt).ids
     assert model.answer_id("Yes") == model.tokenizer.encode(prompt + space + "Yes").ids[len(ids)]
+
+
+def test_cache_of_a_token_in_the_published_sizes(tmp_path):
+    """Grouped queries: in bfloat16 half a MiB a token in LLaVA-1.5-7B, 56 KiB in Qwen2.5-VL-7B."""
+    (tmp_path / "config.json").write_text(json.dumps(HUB_7B))
+    sizes = [2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+             for c in (model_llava.TextConfig(), model_qwen.read_config(tmp_path).text)]
+    assert sizes == [512 * 1024, 56 * 1024]
 
 
 @pytest.mark.parametrize("module", mutants.MUTANTS)

@@ -7,23 +7,13 @@ import torch
 import torch.nn.functional as F
 from checkpoints import GOLDEN, begin, load, recording
 from PIL import Image
+from published import HUB_3B, HUB_7B
 from samples import images
 
 import model_qwen
 from tokprune import InputError, keep
 
 PRECISIONS = [(torch.float32, 1e-4), (torch.float64, 1e-5)]
-HUB_7B = {                                                  # as published, what decides nothing left out
-    "model_type": "qwen2_5_vl", "image_token_id": 151655, "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944,
-    "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
-    "sliding_window": 32768, "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 152064,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "vision_config": {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-                      "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
-                      "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2}}
-HUB_3B = HUB_7B | {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_hidden_layers": 36,
-                   "num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 151936,
-                   "vision_config": HUB_7B["vision_config"] | {"out_hidden_size": 2048}}
 
 
 # ---- image ------------------------------------------------------------------------------------------------------
@@ -134,30 +124,21 @@ def test_compact_positions_are_refused():
 
 # ---- config -----------------------------------------------------------------------------------------------------
 
-def nested(hub, theta_in_rope):
-    """The same settings as transformers 4.57 (False) and 5 (True) save them."""
-    outside = ("model_type", "image_token_id", "vision_config", "tie_word_embeddings")
-    text = {k: v for k, v in hub.items() if k not in outside}
-    section = text.pop("rope_scaling")["mrope_section"]
-    if theta_in_rope:
-        text["rope_parameters"] = {"mrope_section": section, "rope_theta": text.pop("rope_theta"), "rope_type": "default", "type": "mrope"}
-        text["tie_word_embeddings"] = hub["tie_word_embeddings"]
-        return {k: hub[k] for k in outside} | {"text_config": text}
-    text |= {"rope_scaling": {"rope_type": "default", "type": "default", "mrope_section": section},
-             "tie_word_embeddings": hub["tie_word_embeddings"]}
-    return {k: hub[k] for k in outside[:3]} | {"text_config": text}
-
-
-@pytest.mark.parametrize("hub", [HUB_3B, HUB_7B])
-def test_old_new_and_resaved_configs_say_the_same(hub, tmp_path):
+@pytest.mark.parametrize("size, hub", [("3B", HUB_3B), ("7B", HUB_7B)])
+def test_published_and_resaved_configs_say_the_same(size, hub, tmp_path):
+    """As published, as transformers 4.57 and 5.23 save it again (recorded), with mrope under its newer name, and with the text
+    fields both at the root and in their section, which counts."""
     def read(config):
         (tmp_path / "config.json").write_text(json.dumps(config))
         return model_qwen.read_config(tmp_path)
+    resaved = json.loads((GOLDEN / "qwen_configs.json").read_text())
+    assert list(resaved) == ["4.57.6", "5.23.0"]
     want = read(hub)
-    assert want == read(nested(hub, False)) == read(nested(hub, True))
+    for saved in resaved.values():
+        assert want == read(saved[size]) == read(saved[size] | {"hidden_size": 1})
     assert want == read(hub | {"rope_scaling": {"rope_type": "mrope", "mrope_section": [16, 24, 24]}})
-    assert want == read(hub | {"hidden_size": 1} | {"text_config": nested(hub, True)["text_config"]})     # both: the section counts
     assert (want.text.rope_theta, want.text.mrope_section, want.text.head_dim, want.factor) == (1e6, [16, 24, 24], 128, 28)
+    assert want.tie_word_embeddings == (size == "3B")
 
 
 @pytest.mark.parametrize("hub, size", [(HUB_3B, 7509245952), (HUB_7B, 16584333312)])

@@ -31,7 +31,7 @@ sys.path.insert(0, str(HERE.parent))
 from eval import SHORT  # noqa: E402
 import model_llava  # noqa: E402
 import model_qwen  # noqa: E402
-from model_llava import CLIP_MEAN, CLIP_STD, Llava, normalize  # noqa: E402
+from model_llava import CLIP_MEAN, CLIP_STD, Llava, normalize, pad_to_square, resize_shortest_edge  # noqa: E402
 from model_qwen import Qwen  # noqa: E402
 
 SIDE, PATCH = 112, 14
@@ -100,7 +100,8 @@ def background(rng: random.Random, size) -> Image.Image:
     image = Image.composite(Image.new("RGB", size, tuple(a)), Image.new("RGB", size, tuple(b)), ramp)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randint(0, 4)):
-        draw.line([rng.randint(0, size[i % 2]) for i in range(4)], tuple(rng.randint(185, 235) for _ in range(3)), rng.randint(1, 3))
+        ends = [rng.randint(0, size[i % 2]) for i in range(4)]
+        draw.line(ends, tuple(rng.randint(185, 235) for _ in range(3)), rng.randint(1, 3))
     return image
 
 
@@ -187,7 +188,8 @@ def ask_side(rng, scene):
     """About the half of the image a shape lies in, if it is clear of the middle."""
     shape, _, (a, b, c, d) = rng.choice(scene.shapes)
     pairs, (width, height) = [], scene.image.size
-    for at, middle, first, second in ((a + c, width, "on the left side", "on the right side"), (b + d, height, "at the top", "at the bottom")):
+    for at, middle, first, second in ((a + c, width, "on the left side", "on the right side"),
+                                      (b + d, height, "at the top", "at the bottom")):
         pairs += [(first, second)] * (at < middle - 16) + [(second, first)] * (at > middle + 16)
     if not pairs:
         return []
@@ -263,11 +265,11 @@ MME = {"existence": ask_existence, "count": ask_count, "position": ask_top, "col
 # Of these pairs, which stage of the training asks one question and which both; see STAGES.
 ONE = {"answers": [ask_existence, ask_count, ask_relation, ask_color, ask_word], "last": [ask_existence, ask_count, ask_color]}
 ONE["more"] = ONE["hard"] = ONE["deep"] = ONE["answers"] + [ask_side]
-ONE["qwen-answers"] = ONE["last"]
-ONE["qwen-pairs"] = ONE["qwen-deep"] = []
+ONE["shapes"] = ONE["qwen-answers"] = ONE["last"]
+ONE["qwen-pairs"], ONE["qwen-deep"] = [], [ask_open, ask_more]
 BOTH = {"answers": [], "more": [], "hard": [ask_relation, ask_word, ask_side, ask_letter], "deep": [ask_side, ask_length],
         "last": [ask_half, ask_half, ask_any_digit]}
-BOTH["qwen-answers"] = BOTH["last"] + [ask_open]
+BOTH["shapes"], BOTH["qwen-answers"] = BOTH["last"], BOTH["last"] + [ask_open]
 BOTH["qwen-pairs"] = BOTH["qwen-deep"] = [ask_existence, ask_count, ask_color, ask_half, ask_half, ask_any_digit]
 
 
@@ -417,18 +419,19 @@ class Scenes(torch.utils.data.Dataset):
     def __getitem__(self, i):
         rng = random.Random(f"{self.stage} {i}")
         qwen = self.stage.startswith("qwen")
-        size = rng.choice(SIZES) if qwen else (SIDE, SIDE)
+        size = rng.choice(SIZES) if qwen or self.stage == "shapes" else (SIDE, SIDE)
         scenes = [draw_scene(rng, False, size) for _ in range(self.batch)]
-        pixels = torch.stack([normalize(scene.image) for scene in scenes])
         if qwen:
-            pixels = torch.stack([model_qwen.patchify(x, PATCH // 2, 2, 2)[0] for x in pixels])
+            grid, turns = (size[1] // PATCH, size[0] // PATCH), CHATML
+            pixels = [model_qwen.patchify(normalize(scene.image), PATCH // 2, 2, 2)[0] for scene in scenes]
+        else:
+            grid, turns = (SIDE // PATCH, SIDE // PATCH), VICUNA
+            pixels = [normalize(resize_shortest_edge(pad_to_square(scene.image), SIDE)) for scene in scenes]
         if self.stage.endswith("tower"):
             rows = [(patch_labels(scene, halves=qwen),) for scene in scenes]
         else:
-            grid = (size[1] // PATCH, size[0] // PATCH)
-            turns = CHATML if qwen else VICUNA
             rows = [pack(rng, self.tokenizer, scene, self.stage, turns, grid) for scene in scenes]
-        return torch.tensor([size[1] // PATCH, size[0] // PATCH]), pixels, *(torch.tensor(x) for x in zip(*rows))
+        return torch.tensor(grid), torch.stack(pixels), *(torch.tensor(x) for x in zip(*rows))
 
 
 def patch_labels(scene: Scene, halves: bool):
@@ -594,7 +597,7 @@ def double(model, make):
 
 
 def train_llava(device) -> Llava:
-    """The stages in order, each from its own checkpoint if there is one. Before the last two, every layer is doubled."""
+    """The stages in order, each from its own checkpoint if there is one. Before "deep", every layer is doubled."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     model = make_llava(12, tokenizer).to(device)
@@ -602,9 +605,12 @@ def train_llava(device) -> Llava:
     tower = nn.ModuleList([model.vision_tower, heads])
     blocks = list(model.vision_tower.encoder.layers)
     train("tower", tower, blocks, lambda grid, pixels, labels: heads.loss(model.vision_tower, pixels, labels), tokenizer, device)
-    for stage in ("answers", "more", "hard", "deep", "last"):
+    for stage in ("answers", "more", "hard", "deep", "last", "shapes"):
         if stage == "deep":
             model = double(model, make_llava).to(device)
+        if stage == "shapes":                           # begun later, from the weights in the repository
+            for p in model.parameters():
+                p.data = p.data.bfloat16().float()
         layers = list(model.language_model.layers) + list(model.vision_tower.encoder.layers)
         train(stage, model, layers, lambda *data: answer_loss(model, *data), tokenizer, device)
     return model
@@ -664,14 +670,16 @@ def export_qwen(model: Qwen, folder: Path):
     """The same; text fields at the root and no head of its own, as Qwen2.5-VL-3B is published."""
     text, vision = asdict(model.config.text), asdict(model.config.vision)
     section = text.pop("mrope_section")
-    ids = {name: model.tokenizer.token_to_id(f"<|{name}|>") for name in ("endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")}
+    ids = {name: model.tokenizer.token_to_id(f"<|{name}|>")
+           for name in ("endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")}
     write(folder, {name: p for name, p in model.state_dict().items() if name != "lm_head.weight"}, model.tokenizer, {
         "config.json": {
             "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "bfloat16",
             "bos_token_id": ids["endoftext"], "eos_token_id": ids["im_end"], "image_token_id": ids["image_pad"],
             "video_token_id": ids["video_pad"], "vision_start_token_id": ids["vision_start"],
             "vision_end_token_id": ids["vision_end"], "tie_word_embeddings": True, "max_position_embeddings": 512, **text,
-            "rope_scaling": {"type": "mrope", "mrope_section": section}, "vision_config": {**vision, "in_chans": 3, "tokens_per_second": 2}},
+            "rope_scaling": {"type": "mrope", "mrope_section": section},
+            "vision_config": {**vision, "in_chans": 3, "tokens_per_second": 2}},
         "generation_config.json": {"eos_token_id": [ids["im_end"], ids["endoftext"]], "pad_token_id": ids["endoftext"]},
         "preprocessor_config.json": {
             "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": model.config.min_pixels,
@@ -681,7 +689,8 @@ def export_qwen(model: Qwen, folder: Path):
 
 def write(folder: Path, tensors: dict, tokenizer: Tokenizer, files: dict):
     folder.mkdir(exist_ok=True)
-    save_file({name: p.detach().cpu().bfloat16().contiguous() for name, p in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    tensors = {name: p.detach().cpu().bfloat16().contiguous() for name, p in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
@@ -695,10 +704,11 @@ STAGES = {                                  # steps, decay of the rate over as m
     "hard": (2400, 2400, 1.2e-3, 16),       # more often what is learned last
     "deep": (900, 2500, 1e-3, 16),          # 24 layers; ends while the rate is still high
     "last": (1450, 1450, 9e-4, 16),         # the questions of the benchmarks
+    "shapes": (600, 600, 6e-4, 16),         # the same on oblong images, padded as LLaVA pads them
     "qwen-tower": (1600, 1600, 1.5e-3, 32),
     "qwen-answers": (1400, 4000, 1.5e-3, 32),
     "qwen-pairs": (700, 4000, 1.4e-3, 32),
-    "qwen-deep": (1400, 1400, 1e-3, 16)}
+    "qwen-deep": (1200, 1200, 1e-3, 16)}
 
 
 if __name__ == "__main__":
