@@ -364,6 +364,17 @@ def measure_horizon(questions: list[Question], done: list[dict], cells: list[Cel
             "scores": [100 * float(score) for score in total[1:]], "unpruned": 100 * float(total[0])}
 
 
+def layers_of_oracle(rows: list[dict], oracle: str) -> tuple[list[int], list[int]]:
+    """Of a sweep: the layers at which the oracle beats every method, and those at which some method beats it, by paired 95 %
+    intervals."""
+    differences = defaultdict(list)
+    for row in rows:
+        if row["method"] in METHODS and row["method"] not in ORACLES and oracle in row["minus_oracles"]:
+            differences[row["layer"]].append(row["minus_oracles"][oracle])
+    return ([layer for layer, found in differences.items() if all(high < 0 for _, _, high in found)],
+            [layer for layer, found in differences.items() if any(low > 0 for _, low, _ in found)])
+
+
 def layer_no_method_beats_random(rows: list[dict]) -> int:
     """Of a sweep: the first layer from which on no method but the oracles has a paired 95 % interval wholly above random's."""
     better = [row["layer"] for row in rows if row["method"] in METHODS and row["method"] not in ORACLES
@@ -415,14 +426,16 @@ def summarise(model, benchmark: str, questions: list[Question], done: list[dict]
     rows = []
     for spec, cell in {format_schedule(cell.schedule): cell for cell in cells}.items():     # as text: 0 == 0.0
         s, schedule = scores[spec], cell.schedule
-        baseline = format_schedule((layer, "random", amount) for layer, _, amount in schedule)
+        instead = {m: format_schedule((layer, m, amount) for layer, _, amount in schedule) for m in ("random", *ORACLES)}
+        against = {m: paired_difference(s, scores[other], image) for m, other in instead.items()
+                   if other in scores and other != spec}
         tokens = [visual_tokens(schedule, line["visual_tokens"], model.num_layers) for line in done]
         totals = [mme_totals(questions, run) for run in seeds[spec]] if benchmark == "mme" else []
         rows.append({
             "method": cell.row, "schedule": spec, "layer": schedule[0][0] if schedule else None, "score": float(s.mean()),
             "standard_error": standard_error(s, image), "seeds": len(seeds[spec]),
             "minus_unpruned": paired_difference(s, scores[""], image) if spec else None,
-            "minus_random": paired_difference(s, scores[baseline], image) if baseline in scores and baseline != spec else None,
+            "minus_random": against.pop("random", None), "minus_oracles": against,
             "minus_first": paired_difference(s, scores[first], image) if first and spec not in ("", first) else None,
             "kept": float(np.mean([t[-1] for t in tokens])), "mean_visual_tokens": float(np.mean(tokens)),
             "gflops": float(np.mean([flops(model.config.text, [line["text_rows"] + v for v in t])
@@ -460,7 +473,11 @@ def print_table(benchmark: str, rows: list[dict]):
         for layer in layers:
             print(f"| {layer} | " + " | ".join(by.get((m, layer), "-") for m in methods) + " |")
         print(f"\n{benchmark}: no method beats random from layer {layer_no_method_beats_random(rows)} on "
-              "(paired 95 % intervals; oracles apart)\n")
+              "(paired 95 % intervals; oracles apart)")
+        for oracle in (m for m in methods if m in ORACLES):
+            best, beaten = (", ".join(map(str, layers)) or "none" for layers in layers_of_oracle(rows, oracle))
+            print(f"{benchmark}: {oracle} beats every method at layers {best}; some method beats it at {beaten}")
+        print()
         return
     mme = " MME |" if benchmark == "mme" else ""
     first = " - first |" if any(row["minus_first"] for row in rows) else ""

@@ -310,6 +310,13 @@ def test_layer_from_which_no_method_beats_random_asks_for_a_whole_interval():
     assert evaluation.layer_no_method_beats_random(rows + [row("dart", 4, 2)]) == 5
 
 
+def test_an_oracle_beats_or_is_beaten_by_whole_intervals():
+    row = lambda method, layer, low: {"method": method, "layer": layer, "minus_oracles": {"info": (low + 1, low, low + 2)}}
+    rows = [row("random", 1, -9), row("dart", 1, -3), row("random", 2, -9), row("dart", 2, -1), row("random", 3, -9), row("dart", 3, 0.5),
+            row("info-answer", 1, 7)]
+    assert evaluation.layers_of_oracle(rows, "info") == ([1], [3])
+
+
 def test_layer_horizon_prunes_at_the_measured_one_and_scores_other_questions(capsys, tmp_path):
     printed, report = run(capsys, "--layer", "horizon", "--ratio", 1.0, "--method", "random", "--limit", 10, "--calibrate", 20, "--out", tmp_path)
     for benchmark in BENCHMARKS:
@@ -416,7 +423,7 @@ assert len(COMMANDS) >= 4, f"README.md shows {len(COMMANDS)} commands, want the 
 def test_every_command_of_the_readme_runs(command, capsys, tmp_path, monkeypatch):
     """On two questions; those on the real checkpoints, whose folders are not here, on the built-in ones."""
     monkeypatch.chdir(tmp_path)
-    for name, there in (("tiny", TINY), ("llava-1.5-7b-hf", TINY / "llava"), ("benchmarks", TINY)):
+    for name, there in (("tiny", TINY), ("llava-1.5-7b-hf", TINY / "llava"), ("Qwen2.5-VL-7B-Instruct", TINY / "qwen"), ("benchmarks", TINY)):
         Path(name).symlink_to(there)
     flags = shlex.split(command)[2:]
     if "--plot" in flags:

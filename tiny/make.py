@@ -262,30 +262,35 @@ def ask_more(rng, scene):
 
 MME = {"existence": ask_existence, "count": ask_count, "position": ask_top, "color": ask_color, "OCR": ask_digit}
 
-# Of these pairs, which stage of the training asks one question and which both; see STAGES.
-ONE = {"answers": [ask_existence, ask_count, ask_relation, ask_color, ask_word], "last": [ask_existence, ask_count, ask_color]}
-ONE["more"] = ONE["hard"] = ONE["deep"] = ONE["answers"] + [ask_side]
-ONE["shapes"] = ONE["qwen-answers"] = ONE["last"]
-ONE["qwen-pairs"], ONE["qwen-deep"] = [], [ask_open, ask_more]
-BOTH = {"answers": [], "more": [], "hard": [ask_relation, ask_word, ask_side, ask_letter], "deep": [ask_side, ask_length],
-        "last": [ask_half, ask_half, ask_any_digit]}
-BOTH["shapes"], BOTH["qwen-answers"] = BOTH["last"], BOTH["last"] + [ask_open]
-BOTH["qwen-pairs"] = BOTH["qwen-deep"] = [ask_existence, ask_count, ask_color, ask_half, ask_half, ask_any_digit]
+
+def one(ask):
+    """One of its questions, at random."""
+    def pick(rng, scene):
+        asked = ask(rng, scene)
+        return [rng.choice(asked)] if asked else []
+    return pick
+
+
+# What each stage of the training asks about an image besides every word; see STAGES.
+SIMPLE = [one(ask) for ask in (ask_existence, ask_count, ask_relation, ask_color, ask_word)]
+LAST = [ask_more, one(ask_existence), one(ask_count), one(ask_color), ask_half, ask_half, ask_any_digit]
+PAIRS = [ask_existence, ask_count, ask_color, ask_half, ask_half, ask_any_digit]
+ASKED = {"answers": [ask_open, *SIMPLE],
+         "more": [ask_open, ask_more, *SIMPLE, one(ask_side)],
+         "hard": [ask_open, ask_more, *SIMPLE, one(ask_side), ask_relation, ask_word, ask_side, ask_letter],
+         "deep": [ask_more, *SIMPLE, one(ask_side), ask_side, ask_length],
+         "last": LAST, "shapes": LAST,
+         "qwen-answers": [*LAST, ask_open], "qwen-pairs": PAIRS, "qwen-deep": [one(ask_open), one(ask_more), *PAIRS]}
 
 
 def training_questions(rng, scene, stage):
-    """Every word, open questions and yes/no pairs in random order; from the third stage on the words come first."""
-    text = ask_text(rng, scene)
-    asked = ask_open(rng, scene) if stage in ("answers", "more", "hard") else []
-    asked = text + asked if stage in ("answers", "more") else asked
-    asked += ask_more(rng, scene) if stage not in ("answers", "qwen-pairs", "qwen-deep") else []
-    for ask in ONE[stage]:
-        pair = ask(rng, scene)
-        asked += [rng.choice(pair)] if pair else []
-    for ask in BOTH[stage]:
+    """All in random order; from the third stage on the words come first."""
+    words = ask_text(rng, scene)
+    asked = [] if stage not in ("answers", "more") else list(words)
+    for ask in ASKED[stage]:
         asked += ask(rng, scene)
     rng.shuffle(asked)
-    return asked if stage in ("answers", "more") else text + asked
+    return asked if stage in ("answers", "more") else words + asked
 
 
 # ---- benchmarks -------------------------------------------------------------------------------------------------
