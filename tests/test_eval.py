@@ -133,8 +133,8 @@ def test_qwen_is_the_stronger_of_the_two_and_sees_images_in_their_own_shape(unpr
     for benchmark in BENCHMARKS:
         llava, qwen = (unpruned[name][0]["benchmarks"][benchmark][0] for name in ("llava", "qwen"))
         assert qwen["score"] > llava["score"], benchmark
-        tokens = [{line["visual_tokens"] for line in unpruned[name][1] if line["benchmark"] == benchmark} for name in ("llava", "qwen")]
-        assert tokens[0] == {64} and len(tokens[1]) >= 3
+    tokens = [{line["visual_tokens"] for line in unpruned[name][1]} for name in ("llava", "qwen")]
+    assert tokens == [{64}, {60, 63, 64, 66, 72}]               # of mme; words are shown on square images
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,12 +1,12 @@
-"""Makes everything in tiny/ from seeds: two benchmarks, a tokenizer, and a LLaVA-1.5 trained to answer them.
+"""Makes everything in tiny/ from seeds: two benchmarks, and a LLaVA-1.5 and a Qwen2.5-VL trained to answer them.
 
-    python tiny/make.py            all of it; an interrupted run goes on where it stood
-    python tiny/make.py --data     only the benchmarks (seconds)
+    python tiny/make.py                 all of it; an interrupted run goes on where it stood
+    python tiny/make.py --data          only the benchmarks (seconds)
+    python tiny/make.py --only qwen     the benchmarks and one model
 
 Every image shows one or two words and one to four shapes at free places and sizes. The training is the ordinary one:
 next-token cross entropy on the answers, every visual token in every layer. Nothing in it knows about pruning.
-It takes about two hours on two CPU cores (127 minutes logged, with other work beside it); a CUDA device is used if there
-is one.
+On two CPU cores, with other work beside it, LLaVA logged 139 minutes and Qwen 87; a CUDA device is used if there is one.
 """
 import argparse
 import json
@@ -35,6 +35,10 @@ from model_llava import CLIP_MEAN, CLIP_STD, Llava, normalize, pad_to_square, re
 from model_qwen import Qwen  # noqa: E402
 
 SIDE, PATCH = 112, 14
+SIZES = [(SIDE, SIDE), (140, 84), (84, 140), (126, 98), (98, 126), (154, 84), (84, 154)]      # width, height
+MOST = max(w * h for w, h in SIZES) // PATCH ** 2       # visual tokens of the largest
+MIXED = 6 * SIZES[:1] + SIZES[1:]                       # half of them square
+TESTED = 2 * SIZES + [(168, 84), (84, 168)]             # of MME; one in eight is longer than any seen in training
 SHAPES = ["circle", "square", "triangle", "cross", "star", "ring"]
 COLORS = {"red": (214, 39, 40), "green": (30, 140, 50), "blue": (31, 90, 200), "orange": (245, 140, 10),
           "purple": (140, 60, 170), "black": (20, 20, 20)}
@@ -197,22 +201,14 @@ def ask_side(rng, scene):
     return [(f"Is the {shape} {right} of this image?", "Yes"), (f"Is the {shape} {wrong} of this image?", "No")]
 
 
-HALVES = [(0, "on the left side"), (1, "at the top")]
-
-
-def ask_half(rng, scene, halves=HALVES):
+def ask_half(rng, scene):
     """About two shapes, one clear of the middle to the left or the top, one to the right or the bottom."""
-    axis, where = rng.choice(halves)
+    axis, where = rng.choice([(0, "on the left side"), (1, "at the top")])
     first = [shape for shape, _, box in scene.shapes if box[axis] + box[axis + 2] < scene.image.size[axis] - 16]
     second = [shape for shape, _, box in scene.shapes if box[axis] + box[axis + 2] > scene.image.size[axis] + 16]
     if not first or not second:
         return []
     return [(f"Is the {rng.choice(half)} {where} of this image?", answer) for half, answer in ((first, "Yes"), (second, "No"))]
-
-
-def ask_top(rng, scene):
-    """Top and bottom alone: what the finished model knows well enough to be asked."""
-    return ask_half(rng, scene, HALVES[1:])
 
 
 def ask_digit(rng, scene):
@@ -260,7 +256,7 @@ def ask_more(rng, scene):
     return asked + [(f"What shape is {color}?", shape)] * (sum(x[1] == color for x in scene.shapes) == 1)
 
 
-MME = {"existence": ask_existence, "count": ask_count, "position": ask_top, "color": ask_color, "OCR": ask_digit}
+MME = {"existence": ask_existence, "count": ask_count, "position": ask_half, "color": ask_color, "OCR": ask_digit}
 
 
 def one(ask):
@@ -279,8 +275,9 @@ ASKED = {"answers": [ask_open, *SIMPLE],
          "more": [ask_open, ask_more, *SIMPLE, one(ask_side)],
          "hard": [ask_open, ask_more, *SIMPLE, one(ask_side), ask_relation, ask_word, ask_side, ask_letter],
          "deep": [ask_more, *SIMPLE, one(ask_side), ask_side, ask_length],
-         "last": LAST, "shapes": LAST,
-         "qwen-answers": [*LAST, ask_open], "qwen-pairs": PAIRS, "qwen-deep": [one(ask_open), one(ask_more), *PAIRS]}
+         "last": LAST, "shapes": LAST, "mixed": LAST,
+         "qwen-answers": [*LAST, ask_open], "qwen-pairs": PAIRS, "qwen-deep": [one(ask_open), one(ask_more), *PAIRS],
+         "qwen-last": [one(ask_open), one(ask_more), *PAIRS, ask_color, ask_color]}
 
 
 def training_questions(rng, scene, stage):
@@ -301,7 +298,7 @@ def make_mme(folder: Path):
         (folder / subtask).mkdir(parents=True, exist_ok=True)
         rng, number = random.Random(f"mme {subtask}"), 0
         while number < 40:
-            scene = draw_scene(rng, test=True)
+            scene = draw_scene(rng, True, rng.choice(TESTED))
             pair = ask(rng, scene)
             if pair:
                 number += 1
@@ -380,12 +377,8 @@ def make_llava(layers: int, tokenizer: Tokenizer) -> Llava:
     return start(model, layers, embedding=0.02)
 
 
-# Image sizes of training and benchmarks, and a tower whose 7-pixel patches make a visual token 14 pixels wide, as LLaVA's.
-# The rotary base is small because sequences are: 60 positions, a turn of the slowest pair.
-SIZES = [(112, 112), (140, 84), (84, 140), (126, 98), (98, 126), (154, 84), (84, 154)]
-MOST = max(w * h for w, h in SIZES) // PATCH ** 2
-
-
+# A tower whose 7-pixel patches make a visual token 14 pixels wide, as LLaVA's. The rotary base is small because sequences are:
+# 60 positions, a turn of the slowest pair.
 def make_qwen(layers: int, tokenizer: Tokenizer) -> Qwen:
     text = model_qwen.TextConfig(vocab_size=-(-tokenizer.get_vocab_size() // 32) * 32, hidden_size=128, intermediate_size=352,
                                  num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
@@ -424,7 +417,8 @@ class Scenes(torch.utils.data.Dataset):
     def __getitem__(self, i):
         rng = random.Random(f"{self.stage} {i}")
         qwen = self.stage.startswith("qwen")
-        size = rng.choice(SIZES) if qwen or self.stage == "shapes" else (SIDE, SIDE)
+        sizes = MIXED if self.stage == "mixed" else SIZES if qwen or self.stage == "shapes" else None
+        size = rng.choice(sizes) if sizes else (SIDE, SIDE)
         scenes = [draw_scene(rng, False, size) for _ in range(self.batch)]
         if qwen:
             grid, turns = (size[1] // PATCH, size[0] // PATCH), CHATML
@@ -610,7 +604,7 @@ def train_llava(device) -> Llava:
     tower = nn.ModuleList([model.vision_tower, heads])
     blocks = list(model.vision_tower.encoder.layers)
     train("tower", tower, blocks, lambda grid, pixels, labels: heads.loss(model.vision_tower, pixels, labels), tokenizer, device)
-    for stage in ("answers", "more", "hard", "deep", "last", "shapes"):
+    for stage in ("answers", "more", "hard", "deep", "last", "shapes", "mixed"):
         if stage == "deep":
             model = double(model, make_llava).to(device)
         if stage == "shapes":                           # begun later, from the weights in the repository
@@ -627,7 +621,7 @@ def train_qwen(device) -> Qwen:
     model = make_qwen(14, tokenizer).to(device)
     tower = nn.ModuleList([model.visual, model.model.embed_tokens])
     train("qwen-tower", tower, list(model.visual.blocks), lambda *data: label_loss(model, *data), tokenizer, device)
-    for stage in ("qwen-answers", "qwen-pairs", "qwen-deep"):
+    for stage in ("qwen-answers", "qwen-pairs", "qwen-deep", "qwen-last"):
         if stage == "qwen-deep":
             model = double(model, make_qwen).to(device)
         layers = list(model.model.layers) + list(model.visual.blocks)
@@ -710,10 +704,12 @@ STAGES = {                                  # steps, decay of the rate over as m
     "deep": (900, 2500, 1e-3, 16),          # 24 layers; ends while the rate is still high
     "last": (1450, 1450, 9e-4, 16),         # the questions of the benchmarks
     "shapes": (600, 600, 6e-4, 16),         # the same on oblong images, padded as LLaVA pads them
+    "mixed": (250, 250, 4e-4, 16),          # half of them square
     "qwen-tower": (1600, 1600, 1.5e-3, 32),
     "qwen-answers": (1400, 4000, 1.5e-3, 32),
     "qwen-pairs": (700, 4000, 1.4e-3, 32),
-    "qwen-deep": (1200, 1200, 1e-3, 16)}
+    "qwen-deep": (1200, 1200, 1e-3, 16),
+    "qwen-last": (400, 400, 8e-4, 16)}
 
 
 if __name__ == "__main__":
