@@ -334,9 +334,11 @@ def summarise_information(maps: list[np.ndarray], layers: list[int]) -> list[dic
 
 
 def layer_information_is_gone(rows: list[dict]) -> int | None:
-    """The first layer from which on the mean stays under 1 % of the first layer's; None where that is nothing already."""
-    told = [row["layer"] for row in rows if abs(row["mean"]) >= 0.01 * rows[0]["mean"]]
-    return next((row["layer"] for row in rows if row["layer"] > max(told)), None) if rows[0]["mean"] > 0 else None
+    """The first layer from which on the mean stays under 1 % of layer 1's (the first measured, where 1 is not); None where
+    nothing is told there already, or something to the end."""
+    base = next((row["mean"] for row in rows if row["layer"] == 1), rows[0]["mean"])
+    told = [row["layer"] for row in rows if abs(row["mean"]) >= 0.01 * base]
+    return next((row["layer"] for row in rows if row["layer"] > max(told)), None) if base > 0 else None
 
 
 def gini(values: np.ndarray) -> float:
@@ -936,8 +938,8 @@ def print_information(benchmark: str, found: dict, args):
     print(f"\n{benchmark}: unpruned {end['unpruned']:.1f}; horizon at layer {end['layer']} "
           f"[{end['low']:g}, {end['high']:g}]: from there on dropping every visual token costs at most "
           f"{args.tolerance:.0%} (our rule; 95 % bootstrap over images)")
-    print(f"{benchmark}: mean information under 1 % of layer {rows[0]['layer']}'s from layer {found['gone'] or '-'} on "
-          "(our rule)")
+    base = 1 if any(row["layer"] == 1 for row in rows) else rows[0]["layer"]
+    print(f"{benchmark}: mean information under 1 % of layer {base}'s from layer {found['gone'] or '-'} on (our rule)")
     print(f"{benchmark}: {ours:.3g} GFLOPs for the first question; the official procedure would take {official:.3g}, "
           f"{official / ours:.1f} times as many\n")
 

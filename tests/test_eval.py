@@ -290,6 +290,12 @@ def test_gini_worked_by_hand(values, want):
     assert evaluation.gini(np.array(values, float)) == pytest.approx(want)
 
 
+@pytest.mark.parametrize("means, want", [
+    ([9, 1, 0.5, 0.001, 0.0], 3), ([9, 1, 0.5, -0.2, 0.0], 4), ([9, 1, 0.5, 0.001, 0.02], None), ([9, -1, 0.5, 0, 0], None)])
+def test_information_is_gone_where_it_stays_under_a_hundredth_of_layer_1(means, want):
+    assert evaluation.layer_information_is_gone([{"layer": i, "mean": mean} for i, mean in enumerate(means)]) == want
+
+
 def test_horizon_of_a_benchmark_has_an_interval_over_images():
     """Ten images of two questions; from layer 2 on one image is lost, from layer 3 on none: half of the draws miss that image."""
     cells = evaluation.drop_all(evaluation.parse_arguments([]), 4)

@@ -6,7 +6,7 @@
 
 Every image shows one or two words and one to four shapes at free places and sizes. The training is the ordinary one:
 next-token cross entropy on the answers, every visual token in every layer. Nothing in it knows about pruning.
-On two CPU cores, with other work beside it, LLaVA logged 139 minutes and Qwen 87; a CUDA device is used if there is one.
+On two CPU cores, with other work beside it, LLaVA logged 138 minutes and Qwen 87; a CUDA device is used if there is one.
 """
 import argparse
 import json
@@ -364,7 +364,7 @@ def make_qwen_tokenizer() -> Tokenizer:
 # ---- training ---------------------------------------------------------------------------------------------------
 
 TOWER = model_llava.VisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
-                     image_size=SIDE, patch_size=PATCH)
+                                 image_size=SIDE, patch_size=PATCH)
 VISUAL = (SIDE // PATCH) ** 2
 ROWS = 148                                  # rows of a training sequence after the image: as many questions as fit
 
@@ -374,12 +374,11 @@ def make_llava(layers: int, tokenizer: Tokenizer) -> Llava:
     text = model_llava.TextConfig(vocab_size=-(-tokenizer.get_vocab_size() // 32) * 32, hidden_size=128, intermediate_size=344,
                                   num_hidden_layers=layers, num_attention_heads=4, rms_norm_eps=1e-5)
     model = Llava(model_llava.Config(text, TOWER, tokenizer.token_to_id("<image>"), vision_feature_layer=-1), tokenizer, {2})
-    return start(model, layers, embedding=0.02)
+    return start(model, layers, "embed", 0.02)
 
 
-# A tower whose 7-pixel patches make a visual token 14 pixels wide, as LLaVA's. The rotary base is small because sequences are:
-# 60 positions, a turn of the slowest pair.
 def make_qwen(layers: int, tokenizer: Tokenizer) -> Qwen:
+    """Patches of 7 pixels, so that a visual token is 14 wide, as LLaVA's. The rotary base is small because sequences are."""
     text = model_qwen.TextConfig(vocab_size=-(-tokenizer.get_vocab_size() // 32) * 32, hidden_size=128, intermediate_size=352,
                                  num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
                                  rope_theta=10.0, mrope_section=(4, 6, 6))
@@ -388,18 +387,19 @@ def make_qwen(layers: int, tokenizer: Tokenizer) -> Qwen:
     config = model_qwen.Config(text, vision, tokenizer.token_to_id("<|image_pad|>"), tie_word_embeddings=True,
                                min_pixels=48 * PATCH ** 2, max_pixels=80 * PATCH ** 2)
     model = Qwen(config, tokenizer, {tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")})
-    model = start(model, layers, embedding=text.hidden_size ** -0.5)
+    start(model, layers, "embed_tokens", text.hidden_size ** -0.5)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
     model.lm_head.weight = model.model.embed_tokens.weight
     return model
 
 
-def start(model, layers: int, embedding: float):
-    """Depth-scaled random weights."""
+def start(model, layers: int, embeddings: str, std: float):
+    """Depth-scaled random weights; std of the embeddings, all whose name holds that word."""
     for name, p in model.named_parameters():
         if p.dim() > 1:
-            nn.init.normal_(p, std=embedding if "embed_tokens" in name or "position_embedding" in name else p[0].numel() ** -0.5)
-        elif name.endswith("bias"):
-            nn.init.zeros_(p)
+            nn.init.normal_(p, std=std if embeddings in name else p[0].numel() ** -0.5)
         if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight", "attn.proj.weight")):
             p.data /= (2 * layers) ** 0.5
     return model
@@ -705,11 +705,11 @@ STAGES = {                                  # steps, decay of the rate over as m
     "last": (1450, 1450, 9e-4, 16),         # the questions of the benchmarks
     "shapes": (600, 600, 6e-4, 16),         # the same on oblong images, padded as LLaVA pads them
     "mixed": (250, 250, 4e-4, 16),          # half of them square
-    "qwen-tower": (1600, 1600, 1.5e-3, 32),
-    "qwen-answers": (1400, 4000, 1.5e-3, 32),
-    "qwen-pairs": (700, 4000, 1.4e-3, 32),
-    "qwen-deep": (1200, 1200, 1e-3, 16),
-    "qwen-last": (400, 400, 8e-4, 16)}
+    "qwen-tower": (1600, 1600, 1.5e-3, 32),     # tower and embedding, what lies in each token
+    "qwen-answers": (1400, 4000, 1.5e-3, 32),   # tower and 14 layers, words and every simple question; ends at a high rate
+    "qwen-pairs": (700, 4000, 1.4e-3, 32),      # words, and both of each yes/no pair
+    "qwen-deep": (1200, 1200, 1e-3, 16),        # 28 layers
+    "qwen-last": (400, 400, 8e-4, 16)}          # more about color, which is learned last
 
 
 if __name__ == "__main__":
