@@ -7,6 +7,7 @@ initialisation hides mistakes; they are rounded to bfloat16, so a float64 run st
 """
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def randomise(model):
             p.data = 0.2 * noise
         else:
             p.data = 0.7 * noise if "embed" in name else 1.6 * noise / p[0].numel() ** 0.5
+        if re.search(r"visual\.(patch_embed|blocks.*(attn\.proj|down_proj))", name):
+            p.data *= 0.05                              # a small residual stream, or a wrong epsilon of its norms would not show
         p.data = p.data.bfloat16().float()
 
 
@@ -220,8 +223,9 @@ if __name__ == "__main__":
                   spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1, 3], tokens_per_second=2)
     for name, tied in (("qwen_untied", False), ("qwen_tied", True)):
         text = dict(vocab_size=320, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=3 if tied else 6,
-                    num_key_value_heads=1 if tied else 2, rms_norm_eps=1e-6, rope_theta=1e6, bos_token_id=300, eos_token_id=302,
+                    num_key_value_heads=1 if tied else 2, rms_norm_eps=1e-6, rope_theta=1e4 if tied else 1e6, bos_token_id=300, eos_token_id=302,
                     rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3] if tied else [1, 1, 2]}, tie_word_embeddings=tied)
         config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
-        record(name, config, Qwen2_5_VLForConditionalGeneration, qwen_tokenizer, qwen_inputs, ("wide", "sign", "partial", "whole"), qwen_extras)
+        record(name, config, Qwen2_5_VLForConditionalGeneration, qwen_tokenizer, qwen_inputs, ("square", "wide", "sign", "partial", "whole"),
+               qwen_extras)
     record_pixels()

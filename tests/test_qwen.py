@@ -62,7 +62,7 @@ def test_bounds_come_from_the_checkpoint_in_each_form_or_from_the_caller(tmp_pat
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 @pytest.mark.parametrize("name", ["qwen_untied", "qwen_tied"])
 def test_tower_and_positions_equal_transformers(name, dtype, tolerance):
-    """Grids with windows cut off on one side, on both, on none, and one token wide. Saliency is the mean over heads and rows
+    """Grids that are square, oblong, one token wide, with windows cut off on both sides and on none. Saliency is the mean over heads and rows
     of the eager attention of transformers' last block, tokens put back in raster order."""
     model = load(name, dtype)
     cases, want = recording(name)
@@ -75,7 +75,7 @@ def test_tower_and_positions_equal_transformers(name, dtype, tolerance):
         close(stream.saliency, "saliency")
         assert stream.pos[:, 0].equal(want[f"{case['name']}.pos"]) and stream.next_pos == want[f"{case['name']}.next_pos"].item()
         grids.add(stream.grid)
-    assert grids == {(2, 5), (7, 1), (6, 9), (4, 8)}
+    assert grids == {(2, 2), (2, 5), (7, 1), (6, 9), (4, 8)}
 
 
 def test_patch_embedding_is_the_checkpoints_conv3d():
@@ -104,7 +104,7 @@ def test_positions_of_a_3_by_2_image_worked_by_hand():
     assert after == 7
 
 
-@pytest.mark.parametrize("kept", [[], [0], [3, 4, 8]])
+@pytest.mark.parametrize("kept", [[], [0], [1, 3]])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_decoding_goes_on_from_the_original_maximum_whatever_was_removed(layer, kept):
     model = load("qwen_untied")
