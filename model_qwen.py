@@ -258,7 +258,7 @@ class Qwen(nn.Module):
         """Greedy answers of the B variants, through each layer's own cache. Stops when all have ended.
 
         repetition_penalty: logits of every token of prompt (image included) or answer are divided by it, negative ones
-        multiplied, as in transformers. The published generation_config.json says 1.05, benchmarks use 1.
+        multiplied, as in transformers. The published generation_config.json says 1.05; 1 changes nothing.
         """
         answers = [[] for _ in range(len(stream.x))]
         ended = [False] * len(answers)

@@ -328,9 +328,9 @@ def token_information(model, stream: Stream, answer: str, layers: list[int], win
         stream = at[layer] = model.run(stream, stop=layer)
     full, V = model.run(stream), stream.visual[1]
     windows, groups, found = windows_of(stream.grid, window), group_windows(stream.grid, window, mode), {}
+    none = torch.zeros(1, 0, dtype=torch.long)
     for layer, stream in at.items():
         found[layer] = torch.zeros(len(windows))
-        none = torch.zeros(1, 0, dtype=torch.long)
         base = answer_probability(model, full, ids) if mode == "leave-one-out" else left(model, stream, full, 0, none, ids, 1)
         for (first, rows), members in groups.items():
             if mode == "leave-one-out":

@@ -7,16 +7,13 @@ from pathlib import Path
 import mutants
 import pytest
 import torch
-from checkpoints import GOLDEN, MODULES, begin, decoder, greedy, load, recording
+from checkpoints import GOLDEN, MODULES, PRECISIONS, begin, decoder, greedy, load, recording
 from published import HUB_7B
 from safetensors.torch import load_file, save_file
 
 import model_llava
 import model_qwen
 import tokprune
-
-# float32 against a float64 original; and both in float64, where the order of summation hides nothing
-PRECISIONS = [(torch.float32, 1e-4), (torch.float64, 1e-5)]
 
 
 @pytest.fixture(scope="module", params=MODULES)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import GOLDEN, begin, load, recording
+from checkpoints import GOLDEN, PRECISIONS, begin, load, recording
 from PIL import Image
 from published import HUB_3B, HUB_7B
 from samples import images
@@ -13,15 +13,13 @@ from samples import images
 import model_qwen
 from tokprune import InputError, keep
 
-PRECISIONS = [(torch.float32, 1e-4), (torch.float64, 1e-5)]
-
 
 # ---- image ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, bounds", [(name, bounds) for name, found in json.loads((GOLDEN / "pixels.json").read_text()).items()
                                           for bounds in found if bounds.startswith("qwen")])
 def test_pixels_equal_the_pil_processor_bit_for_bit(name, bounds):
-    """Some halves must go to the even multiple: grey's height 70 is 2.5 tokens of 28 pixels."""
+    """Some halves must go to the even multiple: grey's width 70 is 2.5 tokens of 28 pixels."""
     (_, rows, cols), want = json.loads((GOLDEN / "pixels.json").read_text())[name][bounds]
     low, high = map(int, bounds.split()[1:])
     model = model_qwen.load(GOLDEN / "qwen_tied", "cpu", min_pixels=low, max_pixels=high)
