@@ -17,6 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import model_llava
 import model_qwen
-from tokprune import (METHODS, NEED_A_LAYER, ORACLES, InputError, check_method, count, flops, format_schedule,
+from tokprune import (METHODS, NEED_A_LAYER, ORACLES, InputError, at_budget, check_method, count, flops, format_schedule,
                       horizon, information_flops, parse_schedule, per_token, prefill, prune, token_information, visual_tokens)
 
 HERE = Path(__file__).resolve().parent
@@ -191,6 +192,7 @@ class Cell:
     row: str                    # the name of its row in the table
     schedule: tuple
     seed: int
+    first: tuple = ()           # the schedule it is also compared with
 
     @property
     def key(self) -> str:
@@ -379,10 +381,13 @@ def layers_of_oracle(rows: list[dict], oracle: str) -> tuple[list[int], list[int
 
 def layer_no_method_beats_random(rows: list[dict]) -> int:
     """Of a sweep: the first layer from which on no method but the oracles has a paired 95 % interval wholly above random's."""
-    better = [row["layer"] for row in rows if row["method"] in METHODS and row["method"] not in ORACLES
-              and row["minus_random"] and row["minus_random"][1] > 0]
+    better = [row["layer"] for row in rivals_of_random(rows) if row["minus_random"][1] > 0]
     later = [layer for layer in layers_of(rows) if layer > max(better, default=-1)]
     return later[0] if later else layers_of(rows)[-1] + 1
+
+
+def rivals_of_random(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["method"] in METHODS and row["method"] not in ORACLES and row["minus_random"]]
 
 
 # ---- statistics -------------------------------------------------------------------------------------------------
@@ -415,10 +420,8 @@ def mme_totals(questions: list[Question], scores: np.ndarray) -> dict:
             "cognition": sum(v for k, v in subtasks.items() if k in COGNITION)} | subtasks
 
 
-def summarise(model, benchmark: str, questions: list[Question], done: list[dict], cells: list[Cell],
-              first: str = "") -> list[dict]:
-    """A row for each schedule, its seeds averaged: score and differences in percent, tokens, FLOPs. first: what else to
-    compare with."""
+def summarise(model, benchmark: str, questions: list[Question], done: list[dict], cells: list[Cell]) -> list[dict]:
+    """A row for each schedule, its seeds averaged: score and differences in percent, tokens, FLOPs."""
     places = {path: i for i, path in enumerate(sorted({q.image for q in questions}))}
     image = np.array([places[q.image] for q in questions])
     seeds = defaultdict(list)
@@ -427,7 +430,7 @@ def summarise(model, benchmark: str, questions: list[Question], done: list[dict]
     scores = {spec: 100 * np.mean(runs, 0) for spec, runs in seeds.items()}
     rows = []
     for spec, cell in {format_schedule(cell.schedule): cell for cell in cells}.items():     # as text: 0 == 0.0
-        s, schedule = scores[spec], cell.schedule
+        s, schedule, first = scores[spec], cell.schedule, format_schedule(cell.first)
         instead = {m: format_schedule((layer, m, amount) for layer, _, amount in schedule) for m in ("random", *ORACLES)}
         against = {m: paired_difference(s, scores[other], image) for m, other in instead.items()
                    if other in scores and other != spec}
@@ -463,24 +466,7 @@ def time_prefill(model, question: Question, cells: list[Cell], args, rounds: int
 # ---- report -----------------------------------------------------------------------------------------------------
 
 def print_table(benchmark: str, rows: list[dict]):
-    """One layer: a row a method, everything known. Several layers: a row a layer, a method a column, scores alone."""
-    layers = layers_of(rows)
-    if len(layers) > 1:
-        methods = [m for m in METHODS if any(row["method"] == m for row in rows)]
-        by = {(row["method"], row["layer"]): f"{row['score']:.1f}" for row in rows}
-        for row in rows:
-            if row["method"] not in METHODS:
-                print(f"{benchmark}, {row['method']}: {row['score']:.1f}")
-        print(f"\n| {benchmark}, layer | " + " | ".join(methods) + " |\n" + "|---:" * (1 + len(methods)) + "|")
-        for layer in layers:
-            print(f"| {layer} | " + " | ".join(by.get((m, layer), "-") for m in methods) + " |")
-        print(f"\n{benchmark}: no method beats random from layer {layer_no_method_beats_random(rows)} on "
-              "(paired 95 % intervals; oracles apart)")
-        for oracle in (m for m in methods if m in ORACLES):
-            best, beaten = (", ".join(map(str, layers)) or "none" for layers in layers_of_oracle(rows, oracle))
-            print(f"{benchmark}: {oracle} beats every method at layers {best}; some method beats it at {beaten}")
-        print()
-        return
+    """A row a schedule, everything known of it."""
     mme = " MME |" if benchmark == "mme" else ""
     first = " - first |" if any(row["minus_first"] for row in rows) else ""
     print(f"\n| {benchmark} | score | ± |{mme} - unpruned | - random |{first} kept | mean tokens | GFLOPs | prefill ms |")
@@ -495,13 +481,42 @@ def print_table(benchmark: str, rows: list[dict]):
     print()
 
 
+def print_sweep(benchmark: str, rows: list[dict]):
+    """A row a layer, a method a column, scores alone; then what the paper asks of a sweep, in paired 95 % intervals."""
+    methods, layers = [m for m in METHODS if any(row["method"] == m for row in rows)], layers_of(rows)
+    by = {(row["method"], row["layer"]): row for row in rows}
+    print(*(f"{benchmark}, {name}: {by[name, layer]['score']:.1f}" for name, layer in (("unpruned", None), ("no image", 0))), sep="\n")
+    print(f"\n| {benchmark}, layer | " + " | ".join(methods) + " |\n" + "|---:" * (1 + len(methods)) + "|")
+    for layer in layers:
+        print(f"| {layer} | " + " | ".join(f"{by[m, layer]['score']:.1f}" if (m, layer) in by else "-" for m in methods) + " |")
+    deep, rivals = layer_no_method_beats_random(rows), rivals_of_random(rows)
+    print(f"\n{benchmark}: no method beats random from layer {deep} on (oracles apart)")
+    if rivals:
+        most = max(rivals, key=lambda row: row["minus_random"][0])
+        print(f"{benchmark}: the most over random is {difference(most['minus_random'])}, {most['method']} at layer {most['layer']}")
+    if past := [row["minus_random"] for row in rivals if row["layer"] >= deep]:
+        print(f"{benchmark}: from layer {deep} on every method is within "
+              f"[{min(low for _, low, _ in past):+.1f}, {max(high for _, _, high in past):+.1f}] of random")
+    for oracle in (m for m in methods if m in ORACLES and rivals):
+        best, beaten = (", ".join(map(str, layers)) or "none" for layers in layers_of_oracle(rows, oracle))
+        leads = []
+        for layer in {row["layer"] for row in rivals}:
+            method = max((row for row in rivals if row["layer"] == layer), key=lambda row: row["score"])
+            mean, low, high = method["minus_oracles"][oracle]
+            leads.append((-mean, -high, -low, method["method"], layer))
+        *lead, method, layer = max(leads)
+        print(f"{benchmark}: {oracle} beats every method at layers {best}; some method beats it at {beaten}; "
+              f"it leads most at {layer}, {difference(lead)} over the best there, {method}")
+    print()
+
+
 def layers_of(rows: list[dict]) -> list[int]:
     """Where methods prune; several in a sweep. Rows of a schedule have no one layer."""
     return sorted({row["layer"] for row in rows if row["method"] in METHODS})
 
 
 def difference(values) -> str:
-    return "-" if values is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*values)
+    return "-" if values is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(value + 0.0 for value in values))   # -0.0 is 0
 
 
 # ---- pictures ---------------------------------------------------------------------------------------------------
@@ -649,6 +664,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--ratio", help="fraction of the visual tokens removed, 0 to 1 (default: 0.9)")
     p.add_argument("--schedule", action="append", metavar="S",
                    help="instead of these three: 'dart@2=252 random@20:0.9'; repeatable")
+    p.add_argument("--budget", metavar="B", help="shares of the visual tokens, mean over the layers, as 1/3,1/9: each method alone, "
+                   "with random and with nothing from --layer on (default: horizon)")
     p.add_argument("--information", nargs="?", const="keep-one", choices=["keep-one", "leave-one-out"],
                    help="measure token information and the horizon instead (default: keep-one)")
     p.add_argument("--target", choices=["first", "answer"], default="first",
@@ -694,36 +711,40 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             raise InputError(f"--bench: unknown benchmark {benchmark!r}; want one of {', '.join(BENCHMARKS)}")
     if args.schedule and (args.method or args.layer or args.ratio):
         raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
+    if args.budget and (args.schedule or args.ratio or args.image or args.layer and not re.fullmatch(r"\d+|horizon", args.layer)):
+        raise InputError("--budget: takes --method and --layer, one or horizon, and no --ratio, --schedule or --image")
     if not 0 <= args.tolerance < 1:
         raise InputError(f"--tolerance: {args.tolerance}, want 0 to below 1, a share of the score")
-    args.horizon = any("horizon" in text for text in (args.layer or "", *(args.schedule or [])))
-    if args.information and (args.schedule or args.method or args.ratio or args.image or args.horizon):
-        raise InputError("--information: takes --layer as numbers or all, and no --method, --ratio, --schedule or --image")
+    args.horizon = any("horizon" in text for text in (args.layer or ("horizon" if args.budget else ""), *(args.schedule or [])))
+    if args.information and (args.schedule or args.method or args.ratio or args.image or args.horizon or args.budget):
+        raise InputError("--information: takes --layer as numbers or all, and no --method, --ratio, --schedule, --budget or --image")
     if args.horizon and args.image:
         raise InputError("--layer horizon: is measured on a benchmark; want a number with --image")
     if bool(args.image) != bool(args.question):
         raise InputError("--image and --question go together")
-    if args.plot and (args.image or args.schedule or args.plot.suffix != ".png" or not args.plot.parent.is_dir()):
-        raise InputError(f"--plot {args.plot}: want a .png in a folder that exists, without --schedule or --image")
+    if args.plot and (args.image or args.schedule or args.budget or args.plot.suffix != ".png" or not args.plot.parent.is_dir()):
+        raise InputError(f"--plot {args.plot}: want a .png in a folder that exists, without --schedule, --budget or --image")
     return args
 
 
-def parse_cells(args, num_layers: int, at: int = 0) -> list[Cell]:
+def parse_cells(args, num_layers: int, at: int = 0, N: int = 576) -> list[Cell]:
     """The unpruned model, no image at all, then each method at each layer or each schedule, and random beside all of them.
 
-    at: the layer that the word horizon stands for.
+    at: the layer that the word horizon stands for; N: the visual tokens that a budget is divided by.
     """
-    rows = [("unpruned", ()), ("no image", ((0, "random", 0),))]
-    rows += parse_schedules(args, at) if args.schedule else parse_methods(args, num_layers, at)
+    if args.budget:
+        rows = parse_budgets(args, num_layers, at, N)
+    else:
+        rows = parse_schedules(args, at) if args.schedule else parse_methods(args, num_layers, at)
     cells = {}
-    for row, schedule in rows:
+    for row, schedule, first in [("unpruned", (), ()), ("no image", ((0, "random", 0),), ()), *rows]:
         for layer, method, _ in schedule:
             if not 0 <= layer < num_layers:
                 raise InputError(f"layer {layer} is out of range; this model has layers 0 to {num_layers - 1}")
             if method in ORACLES and args.image:
                 raise InputError(f"{method} needs a gold answer: it works on benchmarks, not on --image")
         for seed in range(args.seeds if is_drawn(schedule) and not args.image else 1):
-            cell = Cell(row, schedule, args.seed + seed)
+            cell = Cell(row, schedule, args.seed + seed, first)
             cells.setdefault(cell.key, cell)            # what is asked for twice runs once
     return list(cells.values())
 
@@ -734,14 +755,33 @@ def is_drawn(schedule: tuple) -> bool:
                for _, method, amount in schedule)
 
 
-def parse_schedules(args, at: int) -> list[tuple[str, tuple]]:
-    rows = []
-    for text in args.schedule:
-        schedule = tuple(parse_schedule(text.replace("@horizon", f"@{at}")))
-        if not schedule:
-            raise InputError("--schedule: empty, want e.g. 'dart@2=252 random@20:0.9'")
-        baseline = tuple((layer, "random", amount) for layer, _, amount in schedule)
-        rows += [(format_schedule(stages), stages) for stages in (schedule, baseline)]
+def parse_schedules(args, at: int) -> list[tuple[str, tuple, tuple]]:
+    schedules = [tuple(parse_schedule(text.replace("@horizon", f"@{at}"))) for text in args.schedule]
+    if not all(schedules):
+        raise InputError("--schedule: empty, want e.g. 'dart@2=252 random@20:0.9'")
+    return [(format_schedule(stages), stages, () if stages == schedules[0] else schedules[0])
+            for schedule in schedules for stages in (schedule, all_random(schedule))]
+
+
+def all_random(schedule: tuple) -> tuple:
+    return tuple((layer, "random", amount) for layer, _, amount in schedule)
+
+
+def parse_budgets(args, num_layers: int, at: int, N: int) -> list[tuple[str, tuple, tuple]]:
+    """Each method at each budget: alone, then with random and with nothing from the horizon on, and random in its place."""
+    rows, [deep] = [], parse_layers(args, num_layers, "horizon", at)
+    for text in args.budget.split(","):
+        try:
+            budget = Fraction(text)
+        except (ValueError, ZeroDivisionError):
+            raise InputError(f"--budget {text}: want a share of the visual tokens, as 1/3 or 0.25")
+        if not 0 < budget < 1:
+            raise InputError(f"--budget {text}: want more than 0 and less than 1, a share of the visual tokens")
+        for method in (args.method or "dart,divprune").split(","):
+            check_method(method, 1)
+            alone, *others = at_budget(method, float(budget), deep, N, num_layers)
+            rows += [(format_schedule(stages), stages, ()) for stages in (alone, all_random(alone))]
+            rows += [(format_schedule(stages), stages, alone) for stages in others]
     return rows
 
 
@@ -753,7 +793,7 @@ def parse_layers(args, num_layers: int, default: str, at: int = 0) -> list[int]:
         raise InputError(f"--layer {text}: want layers as 20 or 2,10,20 or all or horizon")
 
 
-def parse_methods(args, num_layers: int, at: int) -> list[tuple[str, tuple]]:
+def parse_methods(args, num_layers: int, at: int) -> list[tuple[str, tuple, tuple]]:
     layers = parse_layers(args, num_layers, "20", at)
     try:
         ratio = float(args.ratio or "0.9")
@@ -772,7 +812,7 @@ def parse_methods(args, num_layers: int, at: int) -> list[tuple[str, tuple]]:
             if layer == 0 and method in NEED_A_LAYER and (not args.method or args.layer == "all"):
                 continue
             check_method(method, layer)
-            rows.append((method, ((layer, method, ratio),)))
+            rows.append((method, ((layer, method, ratio),), ()))
     return rows
 
 
@@ -837,7 +877,7 @@ def main(argv: list[str]):
     image = read_image(args.image) if args.image else None
     model = load()
     weight = next(model.parameters())
-    flags = ("layer", "ratio", "method", "schedule", "seed", "seeds", "limit", "positions", "max_new_tokens",
+    flags = ("layer", "ratio", "method", "schedule", "budget", "seed", "seeds", "limit", "positions", "max_new_tokens",
              "repetition_penalty", "information", "target", "window", "tolerance", "calibrate")
     settings = {"model": str(args.model), "data": str(args.data), "device": str(weight.device), "dtype": str(weight.dtype)[6:],
                 **{flag: getattr(args, flag) for flag in flags},
@@ -861,14 +901,17 @@ def report_scores(model, data: dict, args, out: Path) -> dict:
         if args.horizon:
             at, questions = calibrate(model, benchmark, questions, args, out)
             report["horizon"][benchmark] = at
-        questions, cells = draw(questions, args.limit, args.seed), parse_cells(args, model.num_layers, at)
+        questions = draw(questions, args.limit, args.seed)
+        N = math.prod(model.begin(read_image(questions[0].image), questions[0].prompt).grid) if args.budget else 0
+        cells = parse_cells(args, model.num_layers, at, N)
         done = evaluate(model, benchmark, questions, cells, args, out)
-        first = format_schedule(cells[2].schedule) if args.schedule and len(args.schedule) > 1 else ""
-        rows = report["benchmarks"][benchmark] = summarise(model, benchmark, questions, done, cells, first)
+        rows = report["benchmarks"][benchmark] = summarise(model, benchmark, questions, done, cells)
         seconds += np.sum([(line["ms"], line["oracle_ms"]) for line in done], 0) / 1000
-        if len(layers_of(rows)) <= 1:                   # a sweep's table has no room for times
-            milliseconds = time_prefill(model, questions[0], cells, args)
-            rows = report["benchmarks"][benchmark] = [row | {"prefill_ms": milliseconds.get(row["schedule"])} for row in rows]
+        if len(layers_of(rows)) > 1:
+            print_sweep(benchmark, rows)
+            continue
+        milliseconds = time_prefill(model, questions[0], cells, args)
+        rows = report["benchmarks"][benchmark] = [row | {"prefill_ms": milliseconds.get(row["schedule"])} for row in rows]
         print_table(benchmark, rows)
     print(f"{seconds[0]:.0f} s for the questions, {seconds[1]:.0f} s of them the oracles' measuring; {where(model)}; "
           f"repetition penalty {args.repetition_penalty:g}; answers in {out}\n")

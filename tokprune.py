@@ -11,6 +11,7 @@ A method is a function of a View, `method(view, n) -> indices`, and an entry in 
 
     B variants of one prompt   T rows   V visual tokens alive   N at first   C width   H heads   G key/value heads   D head width
 """
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import Callable
@@ -461,6 +462,29 @@ def visual_tokens(schedule: list, N: int, L: int) -> list[int]:
 def mean_visual_tokens(schedule: list, N: int, L: int) -> float:
     """Mean over the L layers of the visual tokens at each layer's input: the budget that makes methods comparable."""
     return sum(visual_tokens(schedule, N, L)) / L
+
+
+def at_budget(method: str, budget: float, deep: int, N: int, L: int) -> list[tuple]:
+    """Three schedules that hold `budget` of the N tokens in the mean over L layers: the method alone; with random pruning at
+    layer `deep`, the horizon; and with everything dropped there. What the deep layers give up, the others keep.
+
+    As the official code divides it: a method that reads a layer starts at 2, or at 1 where that would take over a quarter
+    of the budget; random keeps a fifth of the mean (at a mean of 192: dart@2=252 random@20=38, divprune@0=284). Rounded
+    in favour of the method alone. Raises InputError where a stage would keep less than one token.
+    """
+    first = 0 if method not in NEED_A_LAYER else 2 if 2 <= budget * L / 4 else 1
+    alone = math.ceil((budget * L - first) * N / (L - first))
+    total = first * N + (L - first) * alone
+    few = round(total / L / 5)
+    with_random, with_none = (min(N, (total - first * N - (L - deep) * n) // (deep - first)) if deep > first else 0 for n in (few, 0))
+    if min(alone, few, with_random) < 1:
+        raise InputError(f"budget {budget:.3g} is too small for {method} from layer {first} on, with random from layer {deep} on: "
+                         f"they would keep {alone}, {with_random} and {few} of {N} tokens; want 1 or more")
+
+    def stages(*kept):
+        return tuple((layer, name, round(1 - n / N, 4)) for layer, name, n in kept)
+    return [stages((first, method, alone)), stages((first, method, with_random), (deep, "random", few)),
+            stages((first, method, with_none), (deep, "random", 0))]
 
 
 def flops(config, rows: list[int], past: int = 0) -> int:

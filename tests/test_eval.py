@@ -346,6 +346,36 @@ def test_the_first_of_several_schedules_is_compared_with_the_others(capsys, tmp_
     assert "- first |" in printed
 
 
+def test_a_budget_is_spent_alone_with_random_and_with_nothing_past_the_horizon(capsys, tmp_path):
+    printed, report = run(capsys, "--budget", "1/3,1/9", "--layer", 17, "--limit", 4, "--out", tmp_path)
+    for benchmark in BENCHMARKS:
+        rows = {row["schedule"]: row for row in report["benchmarks"][benchmark]}
+        assert len(rows) == 2 + 4 * 4 and "- first |" in printed
+        for alone, others in (("dart@2:0.7188", ["dart@2:0.625 random@17:0.9375", "dart@2:0.5938 random@17:1.0"]),
+                              ("divprune@0:0.875", ["divprune@0:0.8438 random@17:0.9688", "divprune@0:0.8281 random@17:1.0"])):
+            assert rows[alone]["minus_first"] is None and rows[alone]["minus_random"]
+            for spec in others:
+                assert 0.9 * rows[alone]["mean_visual_tokens"] < rows[spec]["mean_visual_tokens"] <= rows[alone]["mean_visual_tokens"]
+                assert rows[spec]["minus_first"][0] == pytest.approx(rows[spec]["score"] - rows[alone]["score"])
+
+
+def test_a_sweep_says_what_the_paper_asks_of_it(capsys):
+    """Two layers: at 1 dart is 20 above random and 30 below the oracle, at 2 all are equal."""
+    def row(method, layer, score, minus_random=None, **oracles):
+        return {"method": method, "layer": layer, "score": score, "minus_random": minus_random, "minus_oracles": oracles}
+    same = (0.0, -1.0, 2.0)
+    evaluation.print_sweep("mme", [row("unpruned", None, 95), row("no image", 0, 50), row("random", 1, 40), row("random", 2, 90),
+                                   row("dart", 1, 60, (20, 10, 30), info=(-30, -40, -20)), row("dart", 2, 90, same, info=same),
+                                   row("info", 1, 90), row("info", 2, 90)])
+    printed = capsys.readouterr().out
+    assert "mme, unpruned: 95.0\nmme, no image: 50.0\n\n| mme, layer | random | dart | info |" in printed
+    assert "| 1 | 40.0 | 60.0 | 90.0 |" in printed and "no method beats random from layer 2 on" in printed
+    assert "the most over random is +20.0 [+10.0, +30.0], dart at layer 1" in printed
+    assert "from layer 2 on every method is within [-1.0, +2.0] of random" in printed
+    assert ("info beats every method at layers 1; some method beats it at none; it leads most at 1, +30.0 [+20.0, +40.0] over the "
+            "best there, dart") in printed
+
+
 # ---- bad input --------------------------------------------------------------------------------------------------
 
 def truncated(tmp_path):
@@ -372,6 +402,9 @@ def truncated(tmp_path):
     ("--information --ratio 0.5", "--information: takes --layer"), ("--information both", "--information"),
     ("--information --layer 1,99", "layer 99 is out of range"), ("--layer horizon --image tiny/layers.png --question x", "--layer horizon"),
     ("--layer horizon --calibrate 5000", "--calibrate: 5000"), ("--tolerance 2", "--tolerance: 2"), ("--window 0", "--window: 0"),
+    ("--budget 1/0", "--budget 1/0"), ("--budget 2", "--budget 2: want more than 0"), ("--budget 1/3 --ratio 0.5", "--budget: takes"),
+    ("--budget 1/3 --layer 2,3", "--budget: takes"), ("--budget 1/3 --method magic", "unknown method"), ("--budget 1/3 --layer 24", "out of range"),
+    ("--budget 1/3 --layer 2", "budget 0.333 is too small for dart from layer 2 on"), ("--budget 1/500 --layer 20", "budget 0.002 is too small"),
     ("--max-batch-tokens 0", "--max-batch-tokens: 0"), ("--repetition-penalty 0", "--repetition-penalty: 0"),
     ("--min-pixels 5000", "these are for Qwen2.5-VL"), ("--model tests/golden/qwen_tied --layer 1 --positions compact", "--positions compact"),
     ("--model tests/golden/qwen_tied --layer 1 --min-pixels 5000 --max-pixels 4000", "min_pixels is 5000, max_pixels 4000"),

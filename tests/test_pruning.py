@@ -321,6 +321,22 @@ def test_mean_visual_tokens_of_the_papers_schedules(schedule, mean):
     assert round(tokprune.mean_visual_tokens(parse_schedule(schedule), 576, 32), 2 if mean % 1 in (0, .75) else 1) == mean
 
 
+@pytest.mark.parametrize("method, first, kept, few", [("dart", 2, 252, 39), ("divprune", 0, 284, 38)])
+def test_a_third_is_divided_as_the_official_code_divides_it(method, first, kept, few):
+    """576 tokens, 32 layers, horizon at 20; the official 38 of DART is 39 where the method alone is rounded up."""
+    assert tokprune.at_budget(method, 1 / 3, 20, 576, 32)[1] == ((first, method, round(1 - kept / 576, 4)),
+                                                                 (20, "random", round(1 - few / 576, 4)))
+
+
+@pytest.mark.parametrize("N, L, deep", [(576, 32, 20), (64, 24, 17), (72, 28, 27), (2048, 28, 22)])
+@pytest.mark.parametrize("budget", [1 / 2, 1 / 3, 1 / 9])
+@pytest.mark.parametrize("method", ["dart", "divprune"])
+def test_a_combination_never_has_more_tokens_than_the_method_alone(method, budget, N, L, deep):
+    """And at most one token a layer fewer than a budget that is met."""
+    alone, *others = (tokprune.mean_visual_tokens(s, N, L) for s in tokprune.at_budget(method, budget, deep, N, L))
+    assert budget * N <= alone < budget * N + 1 and all(alone - 1 <= mean <= alone for mean in others)
+
+
 def test_prefill_under_a_schedule_keeps_what_it_says(model, start):
     stream = prefill(model, start, parse_schedule("divprune@0:0.5 random@2=3"))
     V = start.visual[1]
