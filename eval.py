@@ -3,29 +3,39 @@
     python eval.py --layer 20 --ratio 0.9                  every method on the built-in model and benchmarks
     python eval.py --layer all --ratio 0.9 --plot c.png    score against layer, a method a line
     python eval.py --image cat.jpg --question "Is there a cat?" --layer 20 --ratio 0.9
+    torchrun --nproc-per-node 8 eval.py ...                the same results, the questions shared by eight processes
 
-In this order: benchmarks (files, prompt, score), the one loop over questions, statistics, report, pictures, command line.
+In this order: the one loop over questions, information and horizon, statistics, report, pictures, command line.
 """
 import argparse
 import hashlib
 import json
 import math
+import os
+import platform
 import random
 import re
 import shlex
+import signal
+import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from fractions import Fraction
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
 import model_llava
 import model_qwen
+from benchmarks import BENCHMARKS, COLUMNS, STYLES, TOTALS, Question, join_answers, load_benchmark, paths_under, read_json, score
 from tokprune import (METHODS, NEED_A_LAYER, ORACLES, InputError, at_budget, check_method, count, flops, format_schedule,
                       horizon, information_flops, parse_schedule, per_token, prefill, prune, token_information, visual_tokens)
 
@@ -33,144 +43,11 @@ HERE = Path(__file__).resolve().parent
 # config.json's model_type -> the file that implements it; it refuses llava_llama and says what to use instead
 MODELS = {"llava": model_llava, "llava_llama": model_llava, "qwen2_5_vl": model_qwen}
 NOISE = 0.01                    # information below this is called none: bfloat16 resolves a probability no better
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))             # set by torchrun
 
 
-# ---- benchmarks -------------------------------------------------------------------------------------------------
-
-@dataclass
-class Question:
-    id: str                     # unique within its benchmark
-    image: Path
-    prompt: str                 # what follows the image
-    answers: list[str]          # gold
-    group: str = ""             # MME's subtask
-
-    @property
-    def seed(self) -> int:
-        """Random draws depend on the question alone, not on which others are asked."""
-        return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:4], "big")
-
-    @property
-    def gold(self) -> str:
-        """The answer whose information is measured: the best-scoring of the normalised ten, or Yes or No."""
-        if len(self.answers) == 1:
-            return self.answers[0]
-        normalised = [a for a in map(normalise, self.answers) if a]        # nothing is left of "A" or "-"
-        return max(normalised, key=lambda a: soft_accuracy(a, self), default=self.answers[0].lower())
-
-
-SHORT = "\nAnswer the question using a single word or phrase."          # LLaVA's evaluation prompt for MME and TextVQA
-PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
-COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
-
-
-def load_mme(root: Path) -> list[Question]:
-    """The official folders (arXiv 2306.13394): a subtask each, a text of two lines beside an image or in its own folder."""
-    questions = []
-    folders = [f for f in root.rglob("*") if f.is_dir() and f.name in PERCEPTION + COGNITION and "__MACOSX" not in f.parts]
-    for folder in sorted(folders):
-        files = [f for f in sorted(folder.rglob("*")) if not f.name.startswith(".")]
-        images = {f.stem: f for f in files if f.suffix.lower() in (".jpg", ".jpeg", ".png")}
-        for file in (f for f in files if f.suffix == ".txt"):
-            if file.stem not in images:
-                raise InputError(f"{file}: no image {file.stem}.jpg or .png with it")
-            lines = [line.strip() for line in read_text(file).split("\n") if line.strip()]
-            pairs = [[part.strip() for part in line.split("\t")] for line in lines]
-            if sorted(pair[-1] for pair in pairs) != ["No", "Yes"] or any(len(pair) != 2 for pair in pairs):
-                raise InputError(f"{file}: holds {lines}, want two lines, question<TAB>Yes and question<TAB>No")
-            questions += [Question(f"{folder.name}/{file.stem}/{i}", images[file.stem],
-                                   question.removesuffix("Please answer yes or no.").rstrip() + SHORT, [answer], folder.name)
-                          for i, (question, answer) in enumerate(pairs)]
-    return questions
-
-
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{file}: not UTF-8 ({e.reason} at byte {e.start})")
-
-
-def parse_yes_no(answer: str) -> str:
-    """MME's calculation.py: the whole answer, else what its first four characters hold."""
-    answer = answer.lower()
-    if answer in ("yes", "no"):
-        return answer
-    return "yes" if "yes" in answer[:4] else "no" if "no" in answer[:4] else "other"
-
-
-def score_mme(answer: str, question: Question) -> float:
-    return float(parse_yes_no(answer) == question.answers[0].lower())
-
-
-def load_textvqa(root: Path) -> list[Question]:
-    """TextVQA_0.5.1_val.json (arXiv 1904.08920) and train_images/; the prompt carries no OCR tokens, as in lmms-eval."""
-    file = next(iter(sorted(root.rglob("TextVQA_0.5.1_val.json"))), None)
-    if file is None:
-        return []
-    images = next((f for f in (file.parent / "train_images", *sorted(root.rglob("train_images"))) if f.is_dir()), None)
-    if images is None:
-        raise InputError(f"{root}: {file.name} is here, its folder train_images is not")
-    data, questions = model_llava.read_json(file).get("data"), []
-    if not isinstance(data, list):
-        raise InputError(f"{file}: data is {data!r}, want a list of questions")
-    for entry in data:
-        answers = entry.get("answers") if isinstance(entry, dict) else None
-        if not isinstance(answers, list) or len(answers) != 10 or not all(isinstance(a, str) for a in answers):
-            raise InputError(f"{file}: {json.dumps(entry)[:100]}: want a question with a list of ten answers")
-        if not isinstance(entry.get("question"), str) or not {"question_id", "image_id"} <= entry.keys():
-            raise InputError(f"{file}: {json.dumps(entry)[:100]}: want question, question_id and image_id")
-        questions.append(Question(str(entry["question_id"]), images / f"{entry['image_id']}.jpg",
-                                  entry["question"].capitalize() + SHORT, answers))
-    return questions
-
-
-def soft_accuracy(answer: str, question: Question) -> float:
-    """VQA soft accuracy: 0, .3, .6, .9, 1 for 0, 1, 2, 3, 4 and more of the ten annotators agreeing."""
-    agreeing = sum(normalise(a) == normalise(answer) for a in question.answers)
-    return min(1.0, round(0.3 * agreeing, 1))
-
-
-ARTICLES = {"a", "an", "the"}
-NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
-CONTRACTIONS = {full[:i] + full[i + 1:]: full for full in """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
-    how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't
-    shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
-    someone's something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're
-    they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've
-    who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll
-    you're you've""".split() for i, character in enumerate(full) if character == "'"} | {"somebody'd": "somebodyd"}
-
-
-def normalise(answer: str) -> str:
-    """The official answer normaliser of TextVQA (mmf, EvalAIAnswerProcessor), its quirks included."""
-    text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    text = seen = text.replace("\n", " ").replace("\t", " ").strip()
-    for mark in ';/[]"{}()=+\\_-><@`!':
-        text = text.replace(mark, "" if f"{mark} " in seen or f" {mark}" in seen else " ")
-    text = re.sub(r"\.(?!\d)", "", text, count=32)
-    words = [NUMBERS.get(w, w) for w in text.split()]
-    return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ARTICLES)
-
-
-BENCHMARKS = {"mme": (load_mme, score_mme), "textvqa": (load_textvqa, soft_accuracy)}
-
-
-def load_benchmark(name: str, data: Path) -> list[Question]:
-    """All questions of a benchmark. Raises InputError."""
-    questions = BENCHMARKS[name][0](data)
-    if not questions:
-        raise InputError(f"--data {data}: no {name} found in it")
-    first = {}
-    for question in questions:
-        twin = first.setdefault(question.id, question)
-        if twin is not question:
-            raise InputError(f"{name}: question {question.id} is there twice, about {twin.image} and {question.image}")
-        if not question.image.exists():
-            raise InputError(f"{question.image}: not found; question {question.id} of {name} is about it")
-    return questions
-
+# ---- the one loop -----------------------------------------------------------------------------------------------
 
 def draw(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
     """About `limit` of them, by seed, all if None; the questions of an image stay together."""
@@ -183,8 +60,6 @@ def draw(questions: list[Question], limit: int | None, seed: int) -> list[Questi
             room -= sum(q.image == image for q in questions)
     return [q for q in questions if q.image in chosen]
 
-
-# ---- the one loop -----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Cell:
@@ -204,7 +79,7 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
     """The answer of every cell to one question; visual and text rows of its prompt; milliseconds, of all and of the oracle.
 
     The unpruned stream runs once; at each layer where a schedule begins, pruned copies of it go through the rest. Cells
-    that keep equally many tokens at the same layers are one batch of variants.
+    that keep equally many tokens at the same layers are one batch of variants. image: PIL, or what `preprocess` makes of it.
     """
     began = now()
     stream = model.begin(image, question.prompt)
@@ -226,7 +101,7 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
     batches = defaultdict(list)
     for cell in cells:
         batches[tuple((layer, count(amount, N)) for layer, _, amount in cell.schedule)].append(cell)
-    answers = {}
+    answers, tokens = {}, {}
     for plan, batch in batches.items():
         s = at[plan[0][0]] if plan else full
         for i, (layer, n) in enumerate(plan):
@@ -234,7 +109,10 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
                       [cell.seed + question.seed for cell in batch], oracle[layer], args.positions)
         said = model.decode(model.run(s), args.max_new_tokens, args.repetition_penalty)
         answers |= dict(zip([cell.key for cell in batch], said))
-    return {"answers": answers, "visual_tokens": N, "text_rows": stream.x.shape[1] - N,
+    for cell in cells:
+        alive = visual_tokens(cell.schedule, N, model.num_layers)
+        tokens[cell.key] = [[layer, n] for layer, n in enumerate(alive) if layer == 0 or n != alive[layer - 1]]
+    return {"answers": answers, "visual_tokens": tokens, "text_rows": stream.x.shape[1] - N,
             "ms": round(now() - began, 1), "oracle_ms": round(measured - measuring, 1)}
 
 
@@ -246,38 +124,115 @@ def now() -> float:
 
 
 def evaluate(model, benchmark: str, questions: list[Question], cells: list[Cell], args, out: Path) -> list[dict]:
-    """Every question in every cell, a line each appended to out/answers.jsonl as it comes; what stands there is done."""
-    file, score = out / "answers.jsonl", BENCHMARKS[benchmark][1]
-    done = {line["id"]: line for line in read_answers(file) if line.get("benchmark") == benchmark}
-    started, asked, right = time.time(), 0, 0.0
-    with file.open("a", encoding="utf-8") as f:
-        for i, question in enumerate(questions, 1):
-            if question.id not in done:
-                line = answer_cells(model, question, read_image(question.image), cells, args)
-                scores = {key: score(answer, question) for key, answer in line["answers"].items()}
-                done[question.id] = {"benchmark": benchmark, "id": question.id, **line, "scores": scores}
-                f.write(json.dumps(done[question.id], ensure_ascii=False) + "\n")
-                f.flush()
-                asked += 1
-            right += done[question.id]["scores"][cells[0].key]
-            progress(f"{benchmark} {i}/{len(questions)}  unpruned {100 * right / i:.1f}  {asked / (time.time() - started):.1f}/s")
-    progress("")
-    return [done[question.id] for question in questions]
+    """Every question in every cell, a line each appended to this process's answers as it comes; what stands there is done.
+
+    A line's visual_tokens are [layer, how many from there on]. Where memory ran out, the line says failed, scored 0.
+    """
+    done = gather(out, benchmark, questions)
+    file = out / ("answers.jsonl" if WORLD == 1 else f"answers.rank{RANK}.jsonl")
+    mine = [question for question in questions[RANK::WORLD] if (benchmark, question.id) not in done]
+    began, right = time.time(), 0.0
+    for i, (question, image) in enumerate(ahead(lambda q: model.preprocess(read_image(q.image)), mine, args.workers), 1):
+        line = attempt(lambda: answer_cells(model, question, image, cells, args), f"{benchmark} {question.id}")
+        if line:
+            read = {key: score(answer, question) for key, answer in line["answers"].items()}
+            append(file, {"benchmark": benchmark, "id": question.id, "prompt": short_hash(question.prompt), **line,
+                          "parsed": {key: parsed for key, (parsed, _) in read.items()},
+                          "scores": {key: points for key, (_, points) in read.items()}})
+            right += read[cells[0].key][1]
+        progress(benchmark, i, len(mine), began, f"unpruned {100 * right / i:.1f}")
+    done = gather(out, benchmark, questions)
+    failed = {"failed": True, "scores": {cell.key: 0.0 for cell in cells}, "ms": 0, "oracle_ms": 0}
+    lines = [done.get((benchmark, question.id), failed) for question in questions]
+    if all("failed" in line for line in lines):
+        raise InputError(f"{benchmark}: memory ran out on every question")
+    return lines
+
+
+def ahead(work, items: list, workers: int):
+    """Each item with work(item), in order; a few threads work ahead of who asks."""
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    try:
+        for i in range(len(items) + 2 * workers):
+            if i < len(items):
+                waiting.append((items[i], pool.submit(work, items[i])))
+            if i >= 2 * workers:
+                item, future = waiting.popleft()
+                yield item, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def attempt(work, what: str):
+    """What work() returns, or None where memory runs out, which is reported; the run goes on."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as e:            # torch has a type of its own on CUDA only
+        if not (isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)):
+            raise
+    print(f"\neval.py: {what}: out of memory, failed", file=sys.stderr)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def append(file: Path, line: dict):
+    try:
+        with file.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as e:
+        raise InputError(f"{file}: cannot be written ({e.strerror}); the answers before are in it, and the same command goes on")
+
+
+def gather(out: Path, benchmark: str, questions: list[Question]) -> dict[tuple[str, str], dict]:
+    """All answers by benchmark and id, those of every process that wrote here, made one file in the order of the questions."""
+    wait()
+    if RANK == 0:
+        files, done = sorted(out.glob("answers*.jsonl")), {}
+        for file in files:
+            done |= {(line["benchmark"], line["id"]): line for line in read_answers(file)}
+        place = {(benchmark, question.id): i for i, question in enumerate(questions)}
+        merged = "".join(json.dumps(done[key], ensure_ascii=False) + "\n" for key in sorted(done, key=lambda k: place.get(k, -1)))
+        write(out / "answers.jsonl", merged)
+        for file in files:
+            if file.name != "answers.jsonl":
+                file.unlink()
+    wait()
+    return {(line["benchmark"], line["id"]): line for line in read_answers(out / "answers.jsonl")}
+
+
+def write(file: Path, text: str):
+    """All of it or nothing."""
+    new = file.with_name(file.name + ".new")
+    try:
+        new.write_text(text, "utf-8")
+        new.replace(file)
+    except OSError as e:
+        raise InputError(f"{file}: cannot be written ({e.strerror}); want a folder that can be written to, with room")
 
 
 def read_answers(file: Path) -> list[dict]:
-    """The lines of an earlier run; a half-written last one is cut off, so that its question is asked again."""
-    if not file.exists():
-        return []
+    """The lines of an earlier run; a half-written last one is left out, so that its question is asked again."""
     try:
-        whole = file.read_bytes()
-        end = whole.rfind(b"\n") + 1
-        if end < len(whole):
-            with file.open("r+b") as f:
-                f.truncate(end)
-        return [json.loads(line) for line in whole[:end].split(b"\n")[:-1]]
-    except (OSError, ValueError) as e:
+        lines = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+        assert all({"benchmark", "id", "answers", "scores"} <= line.keys() for line in lines), "not lines of answers"
+    except (OSError, ValueError, AttributeError, AssertionError) as e:
         raise InputError(f"{file}: cannot be read as the answers of an earlier run ({e})")
+    return lines
+
+
+def wait():
+    """Until every process of the run is here. Raises InputError if one has died."""
+    if WORLD == 1:
+        return
+    try:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=30))         # the slowest may have a lot to do
+        dist.barrier()
+    except RuntimeError as e:                           # gloo's, of several lines
+        raise InputError(DIED) from e
+
+
+DIED = "another process of this run has ended; what was answered is kept, and the same command goes on, with as many as you like"
 
 
 def read_image(path: Path) -> Image.Image:
@@ -289,50 +244,85 @@ def read_image(path: Path) -> Image.Image:
     return image
 
 
-def progress(line: str):
-    """Overwrites itself; silent where nobody watches."""
-    if sys.stderr.isatty():
+def progress(what: str, i: int, of: int, began: float, note: str = ""):
+    """Overwrites itself, and is gone at the end; silent where nobody watches."""
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        rate = i / (time.time() - began)
+        line = f"{what} {i}/{of}  {note}  {rate:.1f}/s  {timedelta(seconds=round((of - i) / rate))} left" if i < of else ""
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
 # ---- information and horizon ------------------------------------------------------------------------------------
 
-def measure_information(model, benchmark: str, questions: list[Question], layers: list[int], args, out: Path) -> list[np.ndarray]:
-    """A map (layers, rows, cols) for each question, all of them in out/information.npz, which is written anew every ten
-    seconds and at the end, whatever ends it; what stands there is done."""
-    file = out / "information.npz"
+def measure_information(model, benchmark: str, questions: list[Question], layers: list[int], args, out: Path) -> list:
+    """(question, map (layers, rows, cols)) of each, all maps in out/information.npz, which is written anew every ten seconds
+    and at the end, whatever ends it; what stands there is done. Questions that memory was too small for are left out."""
+    maps = gather_maps(out)
+    file, own = (out / "information.npz", maps) if WORLD == 1 else (out / f"information.rank{RANK}.npz", {})
+    mine = [question for question in questions[RANK::WORLD] if f"{benchmark}/{question.id}" not in maps]
+    began = saved = time.time()
     try:
-        maps = dict(np.load(file)) if file.exists() else {}
+        for i, (question, image) in enumerate(ahead(lambda q: model.preprocess(read_image(q.image)), mine, args.workers), 1):
+            found = attempt(lambda: token_information(
+                model, model.begin(image, question.prompt), question.gold, layers, args.window, args.information, args.target,
+                args.max_batch_tokens), f"{benchmark} {question.id}")
+            if found is not None:
+                own[f"{benchmark}/{question.id}"] = found.numpy()
+            if time.time() > saved + 10:
+                save_maps(file, own)
+                saved = time.time()
+            progress(f"{benchmark} information", i, len(mine), began)
+    finally:
+        save_maps(file, own)
+    maps = gather_maps(out)
+    measured = [(q, maps[f"{benchmark}/{q.id}"]) for q in questions if f"{benchmark}/{q.id}" in maps]
+    if not measured:
+        raise InputError(f"{benchmark}: memory ran out on every question; want a --max-batch-tokens below {args.max_batch_tokens}")
+    return measured
+
+
+def gather_maps(out: Path) -> dict[str, np.ndarray]:
+    """`gather` for maps of information."""
+    wait()
+    if RANK == 0:
+        maps, files = {}, sorted(out.glob("information*.npz"))
+        for file in files:
+            maps |= read_maps(file)
+        save_maps(out / "information.npz", maps)
+        for file in files:
+            if file.name != "information.npz":
+                file.unlink()
+    wait()
+    return read_maps(out / "information.npz")
+
+
+def read_maps(file: Path) -> dict[str, np.ndarray]:
+    try:
+        return dict(np.load(file))
     except Exception as e:                              # numpy raises what zip, pickle and the file system raise
         raise InputError(f"{file}: cannot be read as the information of an earlier run ({e})")
 
-    def save():
-        np.savez(file.with_suffix(".new.npz"), **maps)
-        file.with_suffix(".new.npz").rename(file)
-    saved = time.time()
+
+def save_maps(file: Path, maps: dict):
     try:
-        for i, question in enumerate(questions, 1):
-            key = f"{benchmark}/{question.id}"
-            if key not in maps:
-                stream = model.begin(read_image(question.image), question.prompt)
-                maps[key] = token_information(model, stream, question.gold, layers, args.window, args.information, args.target,
-                                              args.max_batch_tokens).numpy()
-            if time.time() > saved + 10:
-                save()
-                saved = time.time()
-            progress(f"{benchmark} {i}/{len(questions)}  information")
-    finally:
-        save()
-        progress("")
-    return [maps[f"{benchmark}/{question.id}"] for question in questions]
+        with file.with_name(file.name + ".new").open("wb") as f:
+            np.savez(f, **maps)
+        file.with_name(file.name + ".new").replace(file)
+    except OSError as e:
+        raise InputError(f"{file}: cannot be written ({e.strerror})")
 
 
-def summarise_information(maps: list[np.ndarray], layers: list[int]) -> list[dict]:
-    """For each layer, over the windows of a question and averaged over questions: mean, standard deviation, Gini coefficient
-    of the absolute values, and the share of windows that move the probability by more than NOISE."""
+def summarise_information(measured: list, layers: list[int]) -> list[dict]:
+    """For each layer, over the windows of a question and averaged over questions, each with its standard error: mean, standard
+    deviation, Gini coefficient of the absolute values, share of windows that move the probability by more than NOISE."""
+    image = images_of([question for question, _ in measured])
     measures = {"mean": np.mean, "std": np.std, "gini": gini, "share": lambda v: np.mean(abs(v) > NOISE)}
-    return [{"layer": layer, **{name: float(np.mean([measure(found[i].ravel()) for found in maps]))
-                                for name, measure in measures.items()}} for i, layer in enumerate(layers)]
+    rows = []
+    for i, layer in enumerate(layers):
+        values = {name: np.array([measure(found[i].ravel()) for _, found in measured]) for name, measure in measures.items()}
+        rows.append({"layer": layer, **{name: float(value.mean()) for name, value in values.items()},
+                     "standard_errors": {name: standard_error(value, image) for name, value in values.items()}})
+    return rows
 
 
 def layer_information_is_gone(rows: list[dict]) -> int | None:
@@ -357,7 +347,7 @@ def drop_all(args, num_layers: int) -> list[Cell]:
 
 def measure_horizon(questions: list[Question], done: list[dict], cells: list[Cell], tolerance: float) -> dict:
     """`tokprune.horizon` of the cells of `drop_all`: {layer, low, high, draws}, its 95 % interval by bootstrap over images."""
-    image = np.unique([str(q.image) for q in questions], return_inverse=True)[1]
+    image = images_of(questions)
     scores = np.array([[line["scores"][cell.key] for cell in cells] for line in done])          # (questions, 1 + layers)
     sums = np.array([np.bincount(image, column) for column in scores.T])                        # (1 + layers, images)
     picks = np.random.default_rng(0).integers(0, sums.shape[1], (2000, sums.shape[1]))
@@ -392,6 +382,11 @@ def rivals_of_random(rows: list[dict]) -> list[dict]:
 
 # ---- statistics -------------------------------------------------------------------------------------------------
 
+def images_of(questions: list[Question]) -> np.ndarray:
+    """The number of each question's image, for statistics clustered by it."""
+    return np.unique([str(q.image) for q in questions], return_inverse=True)[1]
+
+
 def standard_error(scores: np.ndarray, image: np.ndarray) -> float:
     """Of the mean, clustered by image: questions about one image are not independent."""
     sums = np.bincount(image, scores - scores.mean())
@@ -406,47 +401,43 @@ def paired_difference(scores: np.ndarray, other: np.ndarray, image: np.ndarray) 
     return float((scores - other).mean()), *np.percentile(means, [2.5, 97.5]).tolist()
 
 
-def mme_totals(questions: list[Question], scores: np.ndarray) -> dict:
-    """100 (acc + acc+) of each subtask and their sums, of scores 0 or 1; acc+ counts images with both questions right."""
-    subtasks = {}
-    for group in sorted({q.group for q in questions}):
-        pairs = defaultdict(list)
-        for q, s in zip(questions, scores):
-            if q.group == group:
-                pairs[q.image].append(s)
-        acc = np.mean([s for pair in pairs.values() for s in pair])
-        subtasks[group] = 100 * float(acc + np.mean([min(pair) for pair in pairs.values()]))
-    return {"perception": sum(v for k, v in subtasks.items() if k in PERCEPTION),
-            "cognition": sum(v for k, v in subtasks.items() if k in COGNITION)} | subtasks
-
-
 def summarise(model, benchmark: str, questions: list[Question], done: list[dict], cells: list[Cell]) -> list[dict]:
-    """A row for each schedule, its seeds averaged: score and differences in percent, tokens, FLOPs."""
-    places = {path: i for i, path in enumerate(sorted({q.image for q in questions}))}
-    image = np.array([places[q.image] for q in questions])
+    """A row for each schedule, its seeds averaged: score and differences in percent, tokens, FLOPs, counts of odd answers."""
+    image = images_of(questions)
+    answered = [line for line in done if "failed" not in line]
     seeds = defaultdict(list)
     for cell in cells:
-        seeds[format_schedule(cell.schedule)].append([line["scores"][cell.key] for line in done])
-    scores = {spec: 100 * np.mean(runs, 0) for spec, runs in seeds.items()}
+        seeds[format_schedule(cell.schedule)].append(cell)
+    scores = {spec: [[line["scores"][cell.key] for line in done] for cell in runs] for spec, runs in seeds.items()}
+    means = {spec: 100 * np.mean(runs, 0) for spec, runs in scores.items()}
     rows = []
-    for spec, cell in {format_schedule(cell.schedule): cell for cell in cells}.items():     # as text: 0 == 0.0
-        s, schedule, first = scores[spec], cell.schedule, format_schedule(cell.first)
+    for spec, runs in seeds.items():                    # as text: 0 == 0.0
+        s, (cell, *_) = means[spec], runs
+        schedule, first = cell.schedule, format_schedule(cell.first)
         instead = {m: format_schedule((layer, m, amount) for layer, _, amount in schedule) for m in ("random", *ORACLES)}
-        against = {m: paired_difference(s, scores[other], image) for m, other in instead.items()
-                   if other in scores and other != spec}
-        tokens = [visual_tokens(schedule, line["visual_tokens"], model.num_layers) for line in done]
-        totals = [mme_totals(questions, run) for run in seeds[spec]] if benchmark == "mme" else []
+        against = {m: paired_difference(s, means[other], image) for m, other in instead.items()
+                   if other in means and other != spec}
+        tokens = [visual_tokens(schedule, line["visual_tokens"]["unpruned"][0][1], model.num_layers) for line in answered]
         rows.append({
             "method": cell.row, "schedule": spec, "layer": schedule[0][0] if schedule else None, "score": float(s.mean()),
-            "standard_error": standard_error(s, image), "seeds": len(seeds[spec]),
-            "minus_unpruned": paired_difference(s, scores[""], image) if spec else None,
+            "standard_error": standard_error(s, image), "seeds": len(runs),
+            "minus_unpruned": paired_difference(s, means[""], image) if spec else None,
             "minus_random": against.pop("random", None), "minus_oracles": against,
-            "minus_first": paired_difference(s, scores[first], image) if first and spec not in ("", first) else None,
+            "minus_first": paired_difference(s, means[first], image) if first and spec not in ("", first) else None,
             "kept": float(np.mean([t[-1] for t in tokens])), "mean_visual_tokens": float(np.mean(tokens)),
             "gflops": float(np.mean([flops(model.config.text, [line["text_rows"] + v for v in t])
-                                     for line, t in zip(done, tokens)])) / 1e9,
-            **({"mme": {k: float(np.mean([t[k] for t in totals])) for k in totals[0]}} if totals else {})})
+                                     for line, t in zip(answered, tokens)])) / 1e9,
+            "totals": totals(benchmark, questions, scores[spec]),
+            "empty": sum(not line["answers"][cell.key].strip() for line in answered for cell in runs),
+            "unparsed": sum(line["parsed"][cell.key] is None for line in answered for cell in runs),
+            "failed": len(done) - len(answered)})
     return rows
+
+
+def totals(benchmark: str, questions: list[Question], runs: list[list[float]]) -> dict:
+    """What the benchmark's paper reports, the mean over the seeds' runs; nothing where that is the score itself."""
+    found = [TOTALS[benchmark](questions, np.array(run)) for run in runs] if benchmark in TOTALS else [{}]
+    return {name: float(np.mean([total[name] for total in found])) for name in found[0]}
 
 
 def time_prefill(model, question: Question, cells: list[Cell], args, rounds: int = 7) -> dict:
@@ -465,27 +456,39 @@ def time_prefill(model, question: Question, cells: list[Cell], args, rounds: int
 
 # ---- report -----------------------------------------------------------------------------------------------------
 
+def print_head(benchmark: str, questions: list[Question], known: list[Question], prompt: str):
+    """What is asked: how much of the benchmark, and the first question as the model gets it."""
+    images = len({q.image for q in questions})
+    print(f"\n{benchmark}: {part_of(questions, known)}, {images} images; the first: {json.dumps(prompt)}\n")
+
+
 def print_table(benchmark: str, rows: list[dict]):
     """A row a schedule, everything known of it."""
-    mme = " MME |" if benchmark == "mme" else ""
-    first = " - first |" if any(row["minus_first"] for row in rows) else ""
-    print(f"\n| {benchmark} | score | ± |{mme} - unpruned | - random |{first} kept | mean tokens | GFLOPs | prefill ms |")
-    print("|---|" + "---:|" * (8 + bool(mme) + bool(first)))
+    columns, first = COLUMNS.get(benchmark, ()), any(row["minus_first"] for row in rows)
+    print_heads([benchmark, "score", "±", *columns, "- unpruned", "- random", *["- first"] * first, "kept", "mean tokens",
+                 "GFLOPs"])
     for row in rows:
-        total = f" {row['mme']['perception'] + row['mme']['cognition']:.0f} |" if mme else ""
-        milliseconds = "-" if row["prefill_ms"] is None else f"{row['prefill_ms']:.1f}"
-        print(f"| {row['method']} | {row['score']:.1f} | {row['standard_error']:.1f} |{total} "
-              f"{difference(row['minus_unpruned'])} | {difference(row['minus_random'])} | "
-              + f"{difference(row['minus_first'])} | " * bool(first) + f"{row['kept']:.3g} | "
-              f"{row['mean_visual_tokens']:.1f} | {row['gflops']:.3g} | {milliseconds} |")
+        values = [row["method"], f"{row['score']:.1f}", f"{row['standard_error']:.1f}",
+                  *(f"{row['totals'][column]:.5g}" for column in columns),
+                  difference(row["minus_unpruned"]), difference(row["minus_random"]), *[difference(row["minus_first"])] * first,
+                  f"{row['kept']:.3g}", f"{row['mean_visual_tokens']:.1f}", f"{row['gflops']:.3g}"]
+        print("| " + " | ".join(values) + " |")
     print()
+
+
+def print_odd(benchmark: str, rows: list[dict]):
+    """Answers that are not there, or that the metric cannot read, where there are any; all are scored as wrong."""
+    for kind in ("failed", "empty", "unparsed"):
+        if counts := ", ".join(f"{row['schedule'] or 'unpruned'} {row[kind]}" for row in rows if row[kind]):
+            print(f"{benchmark}, {kind} answers: {counts}\n")
 
 
 def print_sweep(benchmark: str, rows: list[dict]):
     """A row a layer, a method a column, scores alone; then what the paper asks of a sweep, in paired 95 % intervals."""
     methods, layers = [m for m in METHODS if any(row["method"] == m for row in rows)], layers_of(rows)
     by = {(row["method"], row["layer"]): row for row in rows}
-    print(*(f"{benchmark}, {name}: {by[name, layer]['score']:.1f}" for name, layer in (("unpruned", None), ("no image", 0))), sep="\n")
+    for name, layer in (("unpruned", None), ("no image", 0)):
+        print(f"{benchmark}, {name}: {by[name, layer]['score']:.1f}")
     print(f"\n| {benchmark}, layer | " + " | ".join(methods) + " |\n" + "|---:" * (1 + len(methods)) + "|")
     for layer in layers:
         print(f"| {layer} | " + " | ".join(f"{by[m, layer]['score']:.1f}" if (m, layer) in by else "-" for m in methods) + " |")
@@ -493,7 +496,8 @@ def print_sweep(benchmark: str, rows: list[dict]):
     print(f"\n{benchmark}: no method beats random from layer {deep} on (oracles apart)")
     if rivals:
         most = max(rivals, key=lambda row: row["minus_random"][0])
-        print(f"{benchmark}: the most over random is {difference(most['minus_random'])}, {most['method']} at layer {most['layer']}")
+        print(f"{benchmark}: the most over random is {difference(most['minus_random'])}, {most['method']} at layer "
+              f"{most['layer']}")
     if past := [row["minus_random"] for row in rivals if row["layer"] >= deep]:
         print(f"{benchmark}: from layer {deep} on every method is within "
               f"[{min(low for _, low, _ in past):+.1f}, {max(high for _, _, high in past):+.1f}] of random")
@@ -508,6 +512,36 @@ def print_sweep(benchmark: str, rows: list[dict]):
         print(f"{benchmark}: {oracle} beats every method at layers {best}; some method beats it at {beaten}; "
               f"it leads most at {layer}, {difference(lead)} over the best there, {method}")
     print()
+
+
+def report_given(file: Path, data: dict, paths: list[Path]) -> dict:
+    """Scores of a file of answers made elsewhere, a row for each cell where it holds several."""
+    report = {}
+    for name, given in join_answers(file, data, paths).items():
+        questions, columns = [question for question, _ in given], COLUMNS.get(name, ())
+        image, rows = images_of(questions), report.setdefault(name, {})
+        print(f"\n{name}: {part_of(questions, data[name])} answered\n")
+        print_heads([name, "score", "±", *columns, "empty", "unparsed"])
+        for key in given[0][1]:
+            said = [answers.get(key, "") for _, answers in given]
+            parsed, points = zip(*(score(answer, question) for answer, question in zip(said, questions)))
+            percent = 100 * np.array(points)
+            row = rows[key] = {"score": float(percent.mean()), "standard_error": standard_error(percent, image),
+                               "totals": totals(name, questions, [points]), "empty": sum(not answer.strip() for answer in said),
+                               "unparsed": parsed.count(None)}
+            print(f"| {key} | {row['score']:.1f} | {row['standard_error']:.1f} | "
+                  + "".join(f"{row['totals'][column]:.5g} | " for column in columns) + f"{row['empty']} | {row['unparsed']} |")
+        print()
+    return report
+
+
+def print_heads(heads: list[str]):
+    print("| " + " | ".join(heads) + " |\n|---|" + "---:|" * (len(heads) - 1))
+
+
+def part_of(questions: list[Question], known: list[Question]) -> str:
+    part = f"partial, {len(questions)} of its" if len(questions) < len(known) else "all"
+    return f"{part} {len(known)} questions"
 
 
 def layers_of(rows: list[dict]) -> list[int]:
@@ -657,15 +691,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p = Parser(prog="eval.py", description="Scores of a vision-language model with its visual tokens pruned.")
     p.add_argument("--model", default=HERE / "tiny" / "llava", type=Path, help="checkpoint folder (default: tiny/llava)")
     p.add_argument("--data", default=HERE / "tiny", type=Path, help="folder that holds the benchmarks (default: tiny)")
-    p.add_argument("--bench", default=",".join(BENCHMARKS), help="comma-separated (default: %(default)s)")
+    p.add_argument("--bench", default="mme,textvqa",
+                   help=f"comma-separated, of {', '.join(BENCHMARKS)} and .jsonl files of your own (default: %(default)s)")
+    p.add_argument("--prompt-style", choices=STYLES, help="the prompts of LLaVA's scripts, TextVQA's OCR tokens included, or of "
+                   "lmms-eval (default: LLaVA's without OCR tokens)")
     p.add_argument("--method", help=f"comma-separated, of {', '.join(METHODS)} (default: all); random is always added")
     p.add_argument("--layer", help="0-based, tokens leave at its input: one, several as 2,10,20, all, or horizon, the measured "
                    "one (default: 20)")
     p.add_argument("--ratio", help="fraction of the visual tokens removed, 0 to 1 (default: 0.9)")
     p.add_argument("--schedule", action="append", metavar="S",
                    help="instead of these three: 'dart@2=252 random@20:0.9'; repeatable")
-    p.add_argument("--budget", metavar="B", help="shares of the visual tokens, mean over the layers, as 1/3,1/9: each method alone, "
-                   "with random and with nothing from --layer on (default: horizon)")
+    p.add_argument("--budget", metavar="B", help="shares of the visual tokens, mean over the layers, as 1/3,1/9: each method "
+                   "alone, with random and with nothing from --layer on (default: horizon)")
+    p.add_argument("--score", type=Path, metavar="JSONL", help="score these answers, made elsewhere, instead of running a model")
     p.add_argument("--information", nargs="?", const="keep-one", choices=["keep-one", "leave-one-out"],
                    help="measure token information and the horizon instead (default: keep-one)")
     p.add_argument("--target", choices=["first", "answer"], default="first",
@@ -692,6 +730,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--min-pixels", type=int, metavar="N",
                    help="area of a resized image at least; Qwen (default: the checkpoint's)")
     p.add_argument("--max-pixels", type=int, metavar="N", help="and at most")
+    p.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read images ahead of the model (default: 4)")
     p.add_argument("--positions", choices=["keep", "compact"], default="keep",
                    help="of kept tokens: original or renumbered; LLaVA (default: keep)")
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw score against layer")
@@ -699,7 +738,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--question", help="what to ask about --image")
     args = p.parse_args(argv)
     for flag, low in (("limit", 1), ("seed", 0), ("seeds", 1), ("max_new_tokens", 1), ("min_pixels", 1), ("max_pixels", 1),
-                      ("window", 1), ("max_batch_tokens", 1), ("calibrate", 1)):
+                      ("window", 1), ("max_batch_tokens", 1), ("calibrate", 1), ("workers", 1)):
         value = getattr(args, flag)
         if value is not None and not low <= value < 2 ** 31:
             raise InputError(f"--{flag.replace('_', '-')}: {value}, want {low} or more, below 2^31")
@@ -707,8 +746,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise InputError(f"--repetition-penalty: {args.repetition_penalty}, want a number above 0; 1 is no penalty")
     args.bench = args.bench.split(",")
     for benchmark in args.bench:
-        if benchmark not in BENCHMARKS:
-            raise InputError(f"--bench: unknown benchmark {benchmark!r}; want one of {', '.join(BENCHMARKS)}")
+        if benchmark not in BENCHMARKS and not benchmark.endswith(".jsonl"):
+            raise InputError(f"--bench: unknown benchmark {benchmark!r}; want one of {', '.join(BENCHMARKS)} or a .jsonl file")
     if args.schedule and (args.method or args.layer or args.ratio):
         raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
     if args.budget and (args.schedule or args.ratio or args.image or args.layer and not re.fullmatch(r"\d+|horizon", args.layer)):
@@ -717,7 +756,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise InputError(f"--tolerance: {args.tolerance}, want 0 to below 1, a share of the score")
     args.horizon = any("horizon" in text for text in (args.layer or ("horizon" if args.budget else ""), *(args.schedule or [])))
     if args.information and (args.schedule or args.method or args.ratio or args.image or args.horizon or args.budget):
-        raise InputError("--information: takes --layer as numbers or all, and no --method, --ratio, --schedule, --budget or --image")
+        raise InputError("--information: takes --layer as numbers or all, and no --method, --ratio, --schedule, --budget or "
+                         "--image")
     if args.horizon and args.image:
         raise InputError("--layer horizon: is measured on a benchmark; want a number with --image")
     if bool(args.image) != bool(args.question):
@@ -817,8 +857,8 @@ def parse_methods(args, num_layers: int, at: int) -> list[tuple[str, tuple, tupl
 
 
 def load_model(args):
-    """How many layers --model has, and a function that loads it, to be called once all flags are checked."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """How many layers --model has, its file, and a function that loads it, to be called once all flags are checked."""
+    device = args.device or (f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
     try:
         assert torch.device(device).type in ("cpu", "cuda"), "want cpu or cuda"
         torch.empty(0, device=device)
@@ -826,7 +866,7 @@ def load_model(args):
         raise InputError(f"--device {device}: not usable here ({str(e).splitlines()[0]})")
     if not args.model.is_dir():
         raise InputError(f"--model {args.model}: no such folder; want a checkpoint folder with config.json")
-    kind = model_llava.read_json(args.model / "config.json").get("model_type")
+    kind = read_json(args.model / "config.json").get("model_type")
     if kind not in MODELS:
         raise InputError(f"--model {args.model}: model_type is {kind!r}, want one of {', '.join(MODELS)}")
     module, dtype, pixels = MODELS[kind], getattr(torch, args.dtype) if args.dtype else None, {}
@@ -837,17 +877,46 @@ def load_model(args):
                              "want keep")
     elif args.min_pixels or args.max_pixels:
         raise InputError("--min-pixels, --max-pixels: LLaVA-1.5 sees every image at one size; these are for Qwen2.5-VL")
-    return module.read_config(args.model).text.num_hidden_layers, lambda: module.load(args.model, device, dtype, **pixels)
+    return (module.read_config(args.model).text.num_hidden_layers, module,
+            lambda: module.load(args.model, device, dtype, **pixels))
+
+
+def short_hash(*parts) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:12]
 
 
 def fingerprint(args, data: dict) -> dict:
     """What else decides the answers: code, checkpoint (names, sizes, dates), questions. A short hash of each."""
-    def short(*parts):
-        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:12]
     files = sorted(f for f in args.model.iterdir() if f.is_file())
-    return {"code": short(*(f.read_text("utf-8") for f in sorted(HERE.glob("*.py")))),
-            "checkpoint": short(*((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)),
-            "questions": {name: short(*questions) for name, questions in data.items()}}
+    return {"code": short_hash(*(f.read_text("utf-8") for f in sorted(HERE.glob("*.py")))),
+            "checkpoint": short_hash(*((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)),
+            "questions": {name: short_hash(*questions) for name, questions in data.items()}}
+
+
+def provenance(args, model, data: dict) -> dict:
+    """For the record: versions, commit, device, the full hashes of the checkpoint's config and of each shard's header (names,
+    shapes and places of its tensors), and of the files that hold the questions."""
+    def header(shard):
+        with shard.open("rb") as f:
+            return f.read(int.from_bytes(f.read(8), "little"))
+
+    def git(*command):
+        try:
+            return subprocess.run(["git", *command], cwd=HERE, capture_output=True, text=True).stdout.strip()
+        except OSError:                                 # no git
+            return ""
+    device = next(model.parameters()).device
+    sources = {name: sorted({q.source for q in questions}) for name, questions in data.items()}
+    return {"python": platform.python_version(),
+            "packages": {name: version(name) for name in ("torch", "safetensors", "tokenizers", "pillow", "numpy")},
+            "commit": git("rev-parse", "HEAD") + " and changes" * bool(git("status", "--porcelain", "--untracked-files=no")),
+            "processes": WORLD, "threads": torch.get_num_threads(),
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "config_sha256": hashlib.sha256((args.model / "config.json").read_bytes()).hexdigest(),
+            "shard_headers_sha256": {shard.name: hashlib.sha256(header(shard)).hexdigest()
+                                     for shard in sorted(args.model.glob("*.safetensors"))},
+            "data_sha256": {name: {"files": len(files), "sha256": hashlib.sha256(
+                b"".join(file.read_bytes() for file in files)).hexdigest()} for name, files in sources.items()}}
 
 
 def open_folder(args, argv: list[str], settings: dict) -> Path:
@@ -856,73 +925,94 @@ def open_folder(args, argv: list[str], settings: dict) -> Path:
     out = args.out or Path("runs") / f"{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = out / "settings.json"
-        if file.exists() or (out / "answers.jsonl").exists():
-            before = model_llava.read_json(file)
-            other = [key for key in settings if before.get(key) != settings[key]]
-            if other:
-                raise InputError(f"--out {out}: holds a run with other settings: " + ", ".join(
-                    f"{key} is {before.get(key)!r}, this run's is {settings[key]!r}" for key in other))
-        file.write_text(json.dumps(settings, indent=1) + "\n")
     except OSError as e:
         raise InputError(f"--out {out}: cannot be written ({e})")
+    file = out / "settings.json"
+    if file.exists() or (out / "answers.jsonl").exists():
+        before = read_json(file)
+        other = [key for key in settings if before.get(key) != settings[key]]
+        if other:
+            raise InputError(f"--out {out}: holds a run with other settings: " + ", ".join(
+                f"{key} is {before.get(key)!r}, this run's is {settings[key]!r}" for key in other))
+    wait()                                              # every process has looked
+    if RANK == 0:
+        write(file, json.dumps(settings, indent=1) + "\n")
     return out
 
 
-def main(argv: list[str]):
+def main(argv: list[str]) -> int:
+    """-> how many answers failed for want of memory."""
     args = parse_arguments(argv)
-    num_layers, load = load_model(args)
+    if args.score:
+        data = {Path(name).name: load_benchmark(name, args.data) for name in args.bench}
+        report = {"command": shlex.join(["eval.py", *argv]), "benchmarks": report_given(args.score, data, paths_under(args.data))}
+        print(json.dumps(report))
+        return 0
+    num_layers, module, load = load_model(args)
     parse_cells(args, num_layers, num_layers - 1)       # wrong flags are named before anything is loaded
-    data = {} if args.image else {name: load_benchmark(name, args.data) for name in args.bench}
+    data = {} if args.image else {Path(name).name: load_benchmark(name, args.data, args.prompt_style) for name in args.bench}
     image = read_image(args.image) if args.image else None
     model = load()
     weight = next(model.parameters())
     flags = ("layer", "ratio", "method", "schedule", "budget", "seed", "seeds", "limit", "positions", "max_new_tokens",
-             "repetition_penalty", "information", "target", "window", "tolerance", "calibrate")
-    settings = {"model": str(args.model), "data": str(args.data), "device": str(weight.device), "dtype": str(weight.dtype)[6:],
+             "repetition_penalty", "prompt_style", "information", "target", "window", "tolerance", "calibrate")
+    settings = {"model": str(args.model), "data": str(args.data), "device": weight.device.type, "dtype": str(weight.dtype)[6:],
                 **{flag: getattr(args, flag) for flag in flags},
                 **{bound: getattr(model.config, bound, None) for bound in ("min_pixels", "max_pixels")},
                 **fingerprint(args, data)}
     out = open_folder(args, argv, settings)
+    prompts = {name: module.PROMPT.format(question=draw(questions, args.limit, args.seed)[0].prompt)
+               for name, questions in data.items()}
     if image:
         report = {"question": args.question, "answers": show_image(model, image, args, parse_cells(args, num_layers), out)}
     elif args.information:
-        report = {"benchmarks": report_information(model, data, args, out)}
+        report = report_information(model, data, prompts, args, out)
     else:
-        report = report_scores(model, data, args, out)
-    print(json.dumps({"command": shlex.join(["eval.py", *argv]), **settings, **report}))
+        report = report_scores(model, data, prompts, args, out)
+    if RANK == 0:
+        report = {"command": shlex.join(["eval.py", *argv]), **settings, **provenance(args, model, data), "prompts": prompts,
+                  **report}
+        write(out / "result.json", json.dumps(report, indent=1) + "\n")
+        print(json.dumps(report))
+    return report.get("failed", 0)
 
 
-def report_scores(model, data: dict, args, out: Path) -> dict:
+def report_scores(model, data: dict, prompts: dict, args, out: Path) -> dict:
     """Every cell on every benchmark, a table each; --layer horizon is measured first, on questions that are then left out."""
-    report, seconds = {"benchmarks": {}, "horizon": {}}, np.zeros(2)
+    report, seconds = {"benchmarks": {}, "horizon": {}, "failed": 0}, np.zeros(2)
     for benchmark, questions in data.items():
-        at = 0
+        at, known = 0, questions
         if args.horizon:
             at, questions = calibrate(model, benchmark, questions, args, out)
             report["horizon"][benchmark] = at
         questions = draw(questions, args.limit, args.seed)
         N = math.prod(model.begin(read_image(questions[0].image), questions[0].prompt).grid) if args.budget else 0
         cells = parse_cells(args, model.num_layers, at, N)
+        print_head(benchmark, questions, known, prompts[benchmark])
         done = evaluate(model, benchmark, questions, cells, args, out)
         rows = report["benchmarks"][benchmark] = summarise(model, benchmark, questions, done, cells)
+        report["failed"] += rows[0]["failed"]
         seconds += np.sum([(line["ms"], line["oracle_ms"]) for line in done], 0) / 1000
         if len(layers_of(rows)) > 1:
             print_sweep(benchmark, rows)
-            continue
-        milliseconds = time_prefill(model, questions[0], cells, args)
-        rows = report["benchmarks"][benchmark] = [row | {"prefill_ms": milliseconds.get(row["schedule"])} for row in rows]
-        print_table(benchmark, rows)
+        else:
+            print_table(benchmark, rows)
+        print_odd(benchmark, rows)
+        if len(layers_of(rows)) <= 1 and RANK == 0:
+            spent = time_prefill(model, questions[0], cells, args)
+            rows[:] = [row | {"prefill_ms": spent.get(row["schedule"])} for row in rows]
+            print(f"{benchmark}, prefill in ms: "
+                  + ", ".join(f"{spec or 'unpruned'} {ms:.1f}" for spec, ms in spent.items()) + "\n")
     print(f"{seconds[0]:.0f} s for the questions, {seconds[1]:.0f} s of them the oracles' measuring; {where(model)}; "
           f"repetition penalty {args.repetition_penalty:g}; answers in {out}\n")
-    if args.plot:
+    if args.plot and RANK == 0:
         plot(report["benchmarks"], args.plot)
     return report
 
 
 def where(model) -> str:
     weight = next(model.parameters())
-    return f"{weight.device}, {str(weight.dtype)[6:]}, {torch.get_num_threads()} threads"
+    return f"{weight.device}, {str(weight.dtype)[6:]}, {torch.get_num_threads()} threads" + f", {WORLD} processes" * (WORLD > 1)
 
 
 def calibrate(model, benchmark: str, questions: list[Question], args, out: Path) -> tuple[int, list[Question]]:
@@ -942,42 +1032,46 @@ def calibrate(model, benchmark: str, questions: list[Question], args, out: Path)
     return end["layer"], others
 
 
-def report_information(model, data: dict, args, out: Path) -> dict:
+def report_information(model, data: dict, prompts: dict, args, out: Path) -> dict:
     """Information and the scores with everything dropped, by layer, for each benchmark: tables, horizons, a picture."""
     report, pictures, layers = {}, {}, sorted(set(parse_layers(args, model.num_layers, "all")))
     for benchmark, questions in data.items():
-        questions, cells = draw(questions, args.limit, args.seed), drop_all(args, model.num_layers)
+        known, questions, cells = questions, draw(questions, args.limit, args.seed), drop_all(args, model.num_layers)
+        print_head(benchmark, questions, known, prompts[benchmark])
         done = evaluate(model, benchmark, questions, cells, args, out)
-        maps = measure_information(model, benchmark, questions, layers, args, out)
-        image = read_image(questions[0].image)
-        stream = model.begin(image, questions[0].prompt)
+        measured = measure_information(model, benchmark, questions, layers, args, out)
+        question, shown = measured[0]
+        image = read_image(question.image)
+        stream = model.begin(image, question.prompt)
         start, V = stream.visual
         text = start, stream.x.shape[1] - start - V
-        pictures[benchmark], rows = (model.canvas(image), maps[0]), summarise_information(maps, layers)
+        pictures[benchmark], rows = (model.canvas(image), shown), summarise_information(measured, layers)
         cost = information_flops(model.config.text, text, stream.grid, layers, args.window, args.information)
         report[benchmark] = {"information": rows, "horizon": measure_horizon(questions, done, cells, args.tolerance),
-                             "gone": layer_information_is_gone(rows), "gflops": [flops / 1e9 for flops in cost]}
+                             "gone": layer_information_is_gone(rows), "gflops": [flops / 1e9 for flops in cost],
+                             "failed": len(questions) - len(measured)}
         print_information(benchmark, report[benchmark], args)
     if len(report) == 2:
         (a, first), (b, second) = ((name, found["horizon"]) for name, found in report.items())
         low, high = np.percentile(np.subtract(second["draws"], first["draws"]), [2.5, 97.5])
         print(f"{b}'s horizon lies {second['layer'] - first['layer']:+d} [{low:+g}, {high:+g}] layers from {a}'s\n")
     picture = args.plot or out / "information.png"
-    plot_information(report, pictures, picture)
+    if RANK == 0:
+        plot_information(report, pictures, picture)
     print(f"{args.information}, {args.target}, windows of {args.window}x{args.window}; {where(model)}; "
           f"maps in {out / 'information.npz'}, picture in {picture}\n")
     for found in report.values():
         del found["horizon"]["draws"]
-    return report
+    return {"benchmarks": report, "failed": sum(found["failed"] for found in report.values())}
 
 
 def print_information(benchmark: str, found: dict, args):
     rows, end, (ours, official) = found["information"], found["horizon"], found["gflops"]
-    print(f"\n| {benchmark}, layer | all dropped | information | spread | Gini | windows over {NOISE:g} |")
+    print(f"| {benchmark}, layer | all dropped | information | spread | Gini | windows over {NOISE:g} |")
     print("|---:" * 6 + "|")
     for row in rows:
-        print(f"| {row['layer']} | {end['scores'][row['layer']]:.1f} | {row['mean']:.4f} | {row['std']:.4f} | "
-              f"{row['gini']:.2f} | {row['share']:.0%} |")
+        print(f"| {row['layer']} | {end['scores'][row['layer']]:.1f} | {row['mean']:.4f} | {row['std']:.4f} ± "
+              f"{row['standard_errors']['std']:.4f} | {row['gini']:.2f} | {row['share']:.0%} |")
     print(f"\n{benchmark}: unpruned {end['unpruned']:.1f}; horizon at layer {end['layer']} "
           f"[{end['low']:g}, {end['high']:g}]: from there on dropping every visual token costs at most "
           f"{args.tolerance:.0%} (our rule; 95 % bootstrap over images)")
@@ -987,9 +1081,19 @@ def print_information(benchmark: str, found: dict, args):
           f"{official / ours:.1f} times as many\n")
 
 
+def stop(*_):
+    raise InputError(DIED if WORLD > 1 else "stopped by a signal; what was answered is kept, and the same command goes on")
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)                 # torchrun sends it to the others when a process dies
+    if RANK:
+        sys.stdout = open(os.devnull, "w")              # one process speaks for all
     try:
-        main(sys.argv[1:])
-    except InputError as e:
-        print(f"eval.py: error: {e}", file=sys.stderr)
+        failed = main(sys.argv[1:])
+    except (InputError, KeyboardInterrupt) as e:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print(f"eval.py: error: {e or 'interrupted; what was answered is kept, and the same command goes on'}", file=sys.stderr)
         sys.exit(2)
+    if failed:
+        sys.exit(f"eval.py: error: {failed} questions failed for want of memory, scored 0; the same command asks them again")

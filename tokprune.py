@@ -476,10 +476,11 @@ def at_budget(method: str, budget: float, deep: int, N: int, L: int) -> list[tup
     alone = math.ceil((budget * L - first) * N / (L - first))
     total = first * N + (L - first) * alone
     few = round(total / L / 5)
-    with_random, with_none = (min(N, (total - first * N - (L - deep) * n) // (deep - first)) if deep > first else 0 for n in (few, 0))
+    with_random, with_none = (min(N, (total - first * N - (L - deep) * n) // (deep - first)) if deep > first else 0
+                              for n in (few, 0))
     if min(alone, few, with_random) < 1:
-        raise InputError(f"budget {budget:.3g} is too small for {method} from layer {first} on, with random from layer {deep} on: "
-                         f"they would keep {alone}, {with_random} and {few} of {N} tokens; want 1 or more")
+        raise InputError(f"budget {budget:.3g} is too small for {method} from layer {first} on, with random from layer {deep} "
+                         f"on: they would keep {alone}, {with_random} and {few} of {N} tokens; want 1 or more")
 
     def stages(*kept):
         return tuple((layer, name, round(1 - n / N, 4)) for layer, name, n in kept)

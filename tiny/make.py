@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import model_llava  # noqa: E402
 import model_qwen  # noqa: E402
-from eval import SHORT  # noqa: E402
+from benchmarks import SHORT  # noqa: E402
 from model_llava import CLIP_MEAN, CLIP_STD, Llava, normalize, pad_to_square, resize_shortest_edge  # noqa: E402
 from model_qwen import Qwen  # noqa: E402
 

@@ -1,0 +1,235 @@
+"""What ends a run, or shares it among processes, changes nothing of what it finds."""
+import errno
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+from eval import main
+from kill_and_resume import kill_and_resume
+from tokprune import InputError
+
+ROOT = Path(__file__).parents[1]
+FLAGS = ["--method", "dart", "--seeds", "2", "--limit", "6"]
+
+
+def timeless(file):
+    """The answers without their milliseconds."""
+    return [{key: value for key, value in json.loads(line).items() if key not in ("ms", "oracle_ms")} for line in file.read_text().splitlines()]
+
+
+def tables(printed):
+    return [line for line in printed.splitlines() if line.startswith("|")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run that nobody disturbed: (its tables, its folder)."""
+    out = tmp_path_factory.mktemp("alone")
+    done = subprocess.run([sys.executable, ROOT / "eval.py", *FLAGS, "--out", out], capture_output=True, text=True, check=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.stderr == "", "quiet where nobody watches"
+    return tables(done.stdout), out
+
+
+def torchrun(processes, flags, out):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                             ROOT / "eval.py", *flags, "--out", out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_several_processes_find_the_same_as_one(processes, tmp_path, alone):
+    run = torchrun(processes, FLAGS, tmp_path)
+    printed, errors = run.communicate()
+    assert run.returncode == 0, errors
+    assert tables(printed) == alone[0] and timeless(tmp_path / "answers.jsonl") == timeless(alone[1] / "answers.jsonl")
+    assert json.loads(printed.splitlines()[-1])["processes"] == processes
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.jsonl", "result.json", "settings.json"]
+
+
+def test_several_processes_measure_the_same_information(tmp_path):
+    flags = ["--information", "--layer", "1,20", "--limit", "4"]
+    for processes in (1, 2):
+        run = torchrun(processes, flags, tmp_path / str(processes))
+        assert run.communicate() and run.returncode == 0
+    one, two = (dict(np.load(tmp_path / n / "information.npz")) for n in "12")
+    assert one.keys() == two.keys() and all((one[key] == two[key]).all() for key in one)
+    assert not list((tmp_path / "2").glob("information.rank*"))
+
+
+def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(tmp_path, alone):
+    """Killed while it answers; two processes are gone on with by three."""
+    out = tmp_path / "out"
+    run = torchrun(2, ["--method", "dart", "--seeds", "2", "--limit", "60"], out)
+    while run.poll() is None and not (out / "answers.rank1.jsonl").exists():
+        pass
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if "RANK=1" in (found := environment.read_bytes().decode().split("\0")) and f"TORCHELASTIC_RUN_ID={run_id(run.pid)}" in found:
+                os.kill(int(environment.parent.name), signal.SIGKILL)
+        except OSError:                                 # it is another's, or gone
+            pass
+    errors = run.communicate()[1]
+    assert run.returncode != 0 and f"eval.py: error: {evaluation.DIED}" in errors
+    had = sum(len(file.read_text().splitlines()) for file in out.glob("answers*.jsonl"))
+    assert had > 0
+    again = torchrun(3, ["--method", "dart", "--seeds", "2", "--limit", "60"], out)
+    assert again.communicate() and again.returncode == 0
+    lines = timeless(out / "answers.jsonl")
+    assert len(lines) >= 120 and len({(line["benchmark"], line["id"]) for line in lines}) == len(lines)
+    both = {(line["benchmark"], line["id"]): line for line in lines}
+    assert all(both.get((line["benchmark"], line["id"]), line) == line for line in timeless(alone[1] / "answers.jsonl"))
+
+
+def run_id(pid):
+    """Of the processes that a torchrun has started: they are its children."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        for entry in Path(f"/proc/{child}/environ").read_bytes().decode().split("\0"):
+            if entry.startswith("TORCHELASTIC_RUN_ID="):
+                return entry.split("=")[1]
+
+
+def test_killed_at_random_moments_and_resumed_nothing_is_different():
+    killed, same = kill_and_resume(times=3, limit=20, seed=1)
+    assert same and killed > 0
+
+
+def test_images_read_ahead_by_any_number_of_threads_give_the_same(capsys, tmp_path, alone):
+    for workers in (1, 7):
+        main([*FLAGS, "--workers", str(workers), "--out", str(tmp_path / str(workers))])
+        assert [line["answers"] for line in timeless(tmp_path / str(workers) / "answers.jsonl")] == [
+            line["answers"] for line in timeless(alone[1] / "answers.jsonl")]
+
+
+def test_reading_ahead_keeps_the_order_and_stops_where_it_fails():
+    def work(i):
+        if i == 30:
+            raise InputError("30")
+        return -i
+    seen = []
+    with pytest.raises(InputError, match="30"):
+        for item, done in evaluation.ahead(work, list(range(100)), 3):
+            seen.append((item, done))
+    assert seen == [(i, -i) for i in range(30)]
+    assert list(evaluation.ahead(work, [1], 4)) == [(1, -1)] and list(evaluation.ahead(work, [], 4)) == []
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_a_question_that_memory_is_too_small_for_is_failed_and_the_others_go_on(error, capsys, tmp_path, monkeypatch, alone):
+    """Scored 0 in every row, named, counted; asked again by the same command."""
+    questions = [line["id"] for line in timeless(alone[1] / "answers.jsonl") if line["benchmark"] == "mme"]
+    original, argv = evaluation.answer_cells, [*FLAGS, "--bench", "mme", "--out", str(tmp_path)]
+
+    def fails(model, question, *rest):
+        if question.id == questions[2]:
+            raise error
+        return original(model, question, *rest)
+    monkeypatch.setattr(evaluation, "answer_cells", fails)
+    assert main(argv) == 1
+    printed = capsys.readouterr()
+    assert f"eval.py: mme {questions[2]}: out of memory, failed" in printed.err and "mme, failed answers: unpruned 1" in printed.out
+    rows = json.loads(printed.out.splitlines()[-1])["benchmarks"]["mme"]
+    assert all(row["failed"] == 1 for row in rows) and len(timeless(tmp_path / "answers.jsonl")) == len(questions) - 1
+    monkeypatch.undo()
+    assert main(argv) == 0
+    assert timeless(tmp_path / "answers.jsonl") == [line for line in timeless(alone[1] / "answers.jsonl") if line["benchmark"] == "mme"]
+
+
+def test_other_errors_of_the_model_are_not_taken_for_want_of_memory(tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("shape mismatch")
+    monkeypatch.setattr(evaluation, "answer_cells", fails)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        main([*FLAGS, "--out", str(tmp_path)])
+
+
+def test_a_run_that_fails_for_want_of_memory_leaves_with_1(tmp_path):
+    """In an address space too small for one question's windows, but not for the model."""
+    program = ("import runpy, sys, eval; sys.argv = ['eval.py', *sys.argv[1:]]\n"
+               "import torch, model_llava\n"
+               "decode, calls = model_llava.Llava.decode, []\n"
+               "def fails(*a):\n    calls.append(1)\n    if len(calls) == 2: raise MemoryError\n    return decode(*a)\n"
+               "model_llava.Llava.decode = fails\nrunpy.run_path('eval.py', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", program, *FLAGS, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "eval.py: error: 1 questions failed for want of memory" in done.stderr and tables(done.stdout)
+
+
+def test_a_full_disk_ends_with_one_line_and_what_was_answered_stays(tmp_path, alone):
+    """A file may grow to three lines' size and no further."""
+    whole = (alone[1] / "answers.jsonl").read_bytes()
+    room = sum(len(line) + 1 for line in whole.split(b"\n")[:3]) + 20
+    done = subprocess.run([sys.executable, ROOT / "eval.py", *FLAGS, "--out", tmp_path], capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{tmp_path / 'answers.jsonl'}: cannot be written ({os.strerror(errno.EFBIG)})" in done.stderr
+    kept = evaluation.read_answers(tmp_path / "answers.jsonl")
+    assert 1 <= len(kept) <= 3
+    done = subprocess.run([sys.executable, ROOT / "eval.py", *FLAGS, "--out", tmp_path], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and tables(done.stdout) == alone[0]
+
+
+def test_a_truncated_image_is_named_and_the_answers_before_it_are_kept(tmp_path):
+    data = tmp_path / "OCR"
+    data.mkdir()
+    for i in range(12):
+        Image.new("RGB", (112, 112), (20 * i, 90, 90)).save(data / f"{i:02}.jpg")
+        (data / f"{i:02}.txt").write_text("Is it red? Please answer yes or no.\tYes\nIs it blue? Please answer yes or no.\tNo\n")
+    whole = (data / "09.jpg").read_bytes()
+    (data / "09.jpg").write_bytes(whole[:len(whole) // 2])
+    argv = ["--data", str(tmp_path), "--bench", "mme", "--method", "random", "--out", str(tmp_path / "out")]
+    with pytest.raises(InputError, match=re.escape(f"{data / '09.jpg'}: cannot be read as an image")):
+        main(argv)
+    assert [line["id"] for line in timeless(tmp_path / "out" / "answers.jsonl")] == [f"OCR/{i:02}/{j}" for i in range(9) for j in range(2)]
+
+
+def test_a_stopped_run_says_so_in_one_line(tmp_path):
+    run = subprocess.Popen([sys.executable, ROOT / "eval.py", "--out", tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and not ((tmp_path / "answers.jsonl").exists() and (tmp_path / "answers.jsonl").stat().st_size):
+        pass
+    run.terminate()
+    assert run.communicate()[1] == "eval.py: error: stopped by a signal; what was answered is kept, and the same command goes on\n"
+    assert run.returncode == 2
+
+
+def test_the_result_says_where_it_comes_from(alone):
+    result = json.loads((alone[1] / "result.json").read_text())
+    assert result["packages"]["torch"] == torch.__version__ and result["python"] and result["device"] == "cpu" and result["dtype"] == "float32"
+    assert {len(result["config_sha256"]), *(len(v) for v in result["shard_headers_sha256"].values())} == {64}
+    assert list(result["shard_headers_sha256"]) == ["model.safetensors"] and result["data_sha256"]["mme"]["files"] == 200
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert result["commit"].startswith(commit) and result["command"].startswith("eval.py --method dart")
+    assert result["prompts"]["mme"].endswith("Answer the question using a single word or phrase. ASSISTANT:")
+    assert all({"schedule", "empty", "unparsed", "failed"} <= row.keys() for rows in result["benchmarks"].values() for row in rows)
+
+
+def test_a_line_of_answers_says_all_of_a_question(alone):
+    line = timeless(alone[1] / "answers.jsonl")[0]
+    keys = ["unpruned", "random@0=0 seed 0", "random@20:0.9 seed 0", "random@20:0.9 seed 1", "dart@20:0.9 seed 0"]
+    assert all(list(line[part]) == keys for part in ("parsed", "scores", "visual_tokens")) and sorted(line["answers"]) == sorted(keys)
+    assert line["visual_tokens"]["dart@20:0.9 seed 0"] == [[0, 64], [20, 6]] and line["visual_tokens"]["random@0=0 seed 0"] == [[0, 0]]
+    assert line["parsed"]["unpruned"] in ("yes", "no", None) and re.fullmatch("[0-9a-f]{12}", line["prompt"])
+
+
+def test_progress_shows_the_score_and_the_time_left_on_a_terminal_alone(capsys, monkeypatch):
+    evaluation.progress("mme", 3, 10, 0)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(evaluation.time, "time", lambda: 106.0)
+    evaluation.progress("mme", 3, 10, 100.0, "unpruned 95.0")
+    assert capsys.readouterr().err == "\r\x1b[Kmme 3/10  unpruned 95.0  0.5/s  0:00:14 left"
+    evaluation.progress("mme", 10, 10, 100.0)
+    assert capsys.readouterr().err == "\r\x1b[K"
