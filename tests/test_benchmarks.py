@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from samples import official_files
 
 from benchmarks import (BENCHMARKS, COGNITION, LETTER, OCR, PERCEPTION, SHORT, Question, load_benchmark, load_jsonl, mme_totals, normalise,
                         parse_choice, parse_pope, parse_yes_no, paths_under, pope_totals, score)
@@ -99,30 +100,7 @@ def test_pope_of_a_model_that_only_says_no_is_nothing_and_no_error():
 
 @pytest.fixture
 def data(tmp_path):
-    """Each benchmark's files in its official layout, a question or two of each, one level deeper than --data."""
-    root = tmp_path / "data"
-
-    def save(name, text):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text if isinstance(text, str) else json.dumps(text))
-    for image in ("MME/OCR/0001.jpg", "MME/artwork/images/10002.jpg", "vqa/train_images/1.jpg", "sqa/images/test/7/image.png",
-                  "coco/val2014/COCO_val2014_000000000042.jpg"):
-        (root / image).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 20)).save(root / image)
-    save("MME/OCR/0001.txt", "\ufeffIs it? Please answer yes or no. \tYes\r\n\nIs it not?  Please answer yes or no.\tNo \n")
-    save("MME/artwork/questions_answers_YN/10002.txt", "A cat? Please answer yes or no.\tNo\nA dog? Please answer yes or no.\tYes\n")
-    save("MME/.DS_Store", "x")
-    save("__MACOSX/OCR/0001.txt", "x")
-    save("vqa/TextVQA_0.5.1_val.json", {"data": [{"question": "WHAT?", "question_id": 0, "image_id": "1", "answers": ["a"] * 10}]})
-    save("vqa/TextVQA_Rosetta_OCR_v0.2_val.json", {"data": [{"image_id": "1", "ocr_tokens": ["Acme", "5"]}]})
-    problem = {"question": "Which?", "choices": ["this", "that"], "answer": 1, "hint": "Look.", "image": "image.png", "split": "test"}
-    save("sqa/problems.json", {"7": problem, "8": problem | {"image": None}, "9": problem | {"hint": ""}})
-    save("sqa/pid_splits.json", {"train": ["9"], "test": ["7", "8"]})
-    for name in ("random", "popular", "adversarial"):
-        lines = [{"question_id": i + 1, "image": "COCO_val2014_000000000042.jpg", "text": f"Is there a {thing} in the image?", "label": label}
-                 for i, (thing, label) in enumerate([("cat", "yes"), ("dog", "no")])]
-        save(f"pope/coco_pope_{name}.json", "".join(json.dumps(line) + "\n" for line in lines))
-    return root
+    return official_files(tmp_path / "data")
 
 
 def prompts(data, name, style=None):

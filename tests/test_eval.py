@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from samples import official_files
 
 import eval as evaluation
 from benchmarks import Question, load_benchmark
@@ -405,10 +406,13 @@ assert len(COMMANDS) >= 4, f"README.md shows {len(COMMANDS)} commands, want the 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_runs(command, capsys, tmp_path, monkeypatch):
-    """On two questions; those on the real checkpoints, whose folders are not here, on the built-in ones."""
+    """On two questions; those on the real checkpoints and benchmarks, which are not here, on built-in and made-up ones."""
     monkeypatch.chdir(tmp_path)
-    for name, there in (("tiny", TINY), ("llava-1.5-7b-hf", TINY / "llava"), ("Qwen2.5-VL-7B-Instruct", TINY / "qwen"), ("benchmarks", TINY)):
+    for name, there in (("tiny", TINY), ("llava-1.5-7b-hf", TINY / "llava"), ("Qwen2.5-VL-7B-Instruct", TINY / "qwen")):
         Path(name).symlink_to(there)
+    official_files(Path("benchmarks"))
+    Path("answers.jsonl").write_text('{"question_id": "1", "prompt": "What?\\nAnswer the question.", "text": "a"}\n')
+    Path("mine.jsonl").write_text('{"id": 5, "image": "tiny/mme/count/0001.jpg", "question": "?", "answers": ["x"], "metric": "exact"}\n')
     flags = shlex.split(command)[2:]
     if "--plot" in flags:
         flags[flags.index("--plot") + 1] = "plot.png"
