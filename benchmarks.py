@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +59,14 @@ def load_mme(paths: list[Path], style: str | None) -> list[Question]:
     questions = []
     for folder in (path for path in paths if path.name in PERCEPTION + COGNITION and path.is_dir()):
         inside = [path for path in paths if str(path).startswith(f"{folder}{os.sep}")]
-        images = {path.stem: path for path in inside if path.suffix.lower() in (".jpg", ".jpeg", ".png")}
-        texts = [path for path in inside if path.suffix == ".txt"]
+        images, texts = {}, [path for path in inside if path.suffix == ".txt"]
         if not texts:
-            raise InputError(f"{folder}: no .txt with questions in it; want one for each of its {len(images)} images")
+            raise InputError(f"{folder}: no .txt with questions in it; want one for each image")
+        for path in (path for path in inside if path.suffix.lower() in (".jpg", ".jpeg", ".png")):
+            if path.stem in images or path.stem not in {text.stem for text in texts}:
+                other = images.get(path.stem, "nothing")
+                raise InputError(f"{path}: want one {path.stem}.txt for one image {path.stem}; beside it is {other}")
+            images[path.stem] = path
         for file in texts:
             if file.stem not in images:
                 raise InputError(f"{file}: no image {file.stem}.jpg or .png with it")
@@ -112,23 +116,20 @@ def load_textvqa(paths: list[Path], style: str | None) -> list[Question]:
     folders = [path for path in paths if path.name == "train_images" and path.is_dir()]
     if not folders:
         raise InputError(f"{file}: is here, the folder train_images is not" + unpacked(paths))
-    data, questions = read_json(file).get("data"), []
-    if not isinstance(data, list):
-        raise InputError(f"{file}: data is {data!r}, want a list of questions")
+    data, questions = require(read_json(file), file, "the whole", data=list)["data"], []
     tokens = load_ocr(paths, file) if style == "llava" else None
-    for entry in data:
-        answers = entry.get("answers") if isinstance(entry, dict) else None
-        if not isinstance(answers, list) or len(answers) != 10 or not all(isinstance(a, str) for a in answers):
-            raise InputError(f"{file}: {json.dumps(entry)[:100]}: want a question with a list of ten answers")
-        if not isinstance(entry.get("question"), str) or not {"question_id", "image_id"} <= entry.keys():
-            raise InputError(f"{file}: {json.dumps(entry)[:100]}: want question, question_id and image_id")
+    for i, entry in enumerate(data):
+        require(entry, file, f"data[{i}]", question=str, question_id=(str, int), image_id=(str, int), answers=list)
+        if len(entry["answers"]) != 10 or not all(isinstance(answer, str) for answer in entry["answers"]):
+            raise InputError(f"{file}: question {entry['question_id']}: answers are {entry['answers']}, want a list of ten")
         image_id, text = str(entry["image_id"]), entry["question"].capitalize()
         if tokens is not None:
             seen = tokens.get((image_id, text.lower()), tokens.get(image_id))
             if seen is None:
                 raise InputError(f"{file}: image {image_id} has no OCR tokens in the file that should hold them")
             text += OCR + seen
-        questions.append(Question(str(entry["question_id"]), folders[0] / f"{image_id}.jpg", text + SHORT, answers, "vqa", file))
+        questions.append(Question(str(entry["question_id"]), folders[0] / f"{image_id}.jpg", text + SHORT,
+                                  entry["answers"], "vqa", file))
     return questions
 
 
@@ -136,14 +137,17 @@ def load_ocr(paths: list[Path], labels: Path) -> dict:
     """OCR tokens joined by ", ": by image from Rosetta's file, else by image and question from LLaVA's question file."""
     rosetta, llava = find(paths, "TextVQA_Rosetta_OCR_v0.2_val.json"), find(paths, "llava_textvqa_val_v051_ocr.jsonl")
     if rosetta:
-        return {str(entry["image_id"]): ", ".join(entry["ocr_tokens"]) for entry in
-                (require(entry, rosetta, image_id=(str, int), ocr_tokens=list) for entry in read_json(rosetta).get("data", []))}
+        entries = require(read_json(rosetta), rosetta, "the whole", data=list)["data"]
+        return {str(require(entry, rosetta, f"data[{i}]", image_id=(str, int), ocr_tokens=list)["image_id"]):
+                ", ".join(map(str, entry["ocr_tokens"])) for i, entry in enumerate(entries)}
     if llava is None:
         raise InputError(f"--prompt-style llava: shows TextVQA's OCR tokens, and beside {labels} there is neither "
                          "TextVQA_Rosetta_OCR_v0.2_val.json nor llava_textvqa_val_v051_ocr.jsonl")
     tokens = {}
     for entry in read_lines(llava, question_id=(str, int), text=str):
-        text, _, seen = entry["text"].removesuffix(SHORT).partition(OCR)
+        text, line, seen = entry["text"].removesuffix(SHORT).partition(OCR)
+        if not line:
+            raise InputError(f"{llava}: {json.dumps(entry)[:100]}: text has no line {OCR.strip()!r}")
         tokens[str(entry["question_id"]), text.lower()] = seen
     return tokens
 
@@ -179,16 +183,19 @@ LETTERS = "ABCDE"
 def load_scienceqa(paths: list[Path], style: str | None) -> list[Question]:
     """problems.json, pid_splits.json, and images as test/<id>/image.png."""
     file, splits = find(paths, "problems.json"), find(paths, "pid_splits.json")
-    if file is None or splits is None:
+    if file is None and splits is None:
         return []
-    problems, test, questions = read_json(file), read_json(splits).get("test"), []
-    if not isinstance(test, list):
-        raise InputError(f"{splits}: test is {test!r}, want a list of ids")
+    if file is None or splits is None:
+        raise InputError(f"{file or splits}: is here, {'pid_splits.json' if file else 'problems.json'} is not")
+    problems, questions = read_json(file), []
+    test = require(read_json(splits), splits, "the whole", test=list)["test"]
     images = {path.parent.name: path for path in paths if path.name == "image.png" and path.parent.parent.name == "test"}
     for pid in test:
-        entry = require(problems.get(pid), file, f"question {pid}", question=str, choices=list, answer=int)
+        entry = require(problems.get(str(pid)), file, f"question {pid}", question=str, choices=list, answer=int)
         if not entry.get("image"):
             continue
+        if not all(isinstance(text, str) for text in (*entry["choices"], entry.get("hint", ""))):
+            raise InputError(f"{file}: question {pid}: choices are {entry['choices']}, hint {entry.get('hint')!r}, want strings")
         if not 0 <= entry["answer"] < len(entry["choices"]) <= len(LETTERS):
             raise InputError(f"{file}: question {pid}: answer is {entry['answer']} of {len(entry['choices'])} choices, want one "
                              f"of at most {len(LETTERS)}")
@@ -225,6 +232,8 @@ def load_pope(paths: list[Path], style: str | None) -> list[Question]:
         raise InputError(f"{next(filter(None, files.values()))}: without {', '.join(missing)}; POPE's F1 is the mean of three")
     images, questions = {path.name: path for path in paths if path.name.startswith("COCO_val2014_")}, []
     for name, file in files.items():
+        if not read_text(file).strip():
+            raise InputError(f"{file}: is empty; POPE's F1 is the mean of three files")
         for entry in read_lines(file, question_id=(str, int), image=str, text=str, label=str):
             if entry["label"] not in ("yes", "no"):
                 raise InputError(f"{file}: question {entry['question_id']}: label is {entry['label']!r}, want yes or no")
@@ -263,17 +272,16 @@ def load_jsonl(file: Path) -> list[Question]:
     """
     questions = []
     for entry in read_lines(file, id=(str, int), image=str, question=str, answers=list, metric=str):
-        about = f"{file}: question {entry['id']}"
-        if entry["metric"] not in OWN:
-            raise InputError(f"{about}: metric is {entry['metric']!r}, want one of {', '.join(OWN)}")
-        if not entry["answers"] or not all(isinstance(answer, str) for answer in entry["answers"]):
-            raise InputError(f"{about}: answers are {entry['answers']}, want a list of strings")
-        question = Question(str(entry["id"]), file.parent / entry["image"], entry["question"], entry["answers"], entry["metric"],
-                            file)
-        if entry["metric"] == "vqa" and len(entry["answers"]) != 10:
-            raise InputError(f"{about}: {len(entry['answers'])} answers, want ten for metric vqa")
-        if any(METRICS[entry["metric"]](answer, question) is None for answer in entry["answers"]):
-            raise InputError(f"{about}: answers are {entry['answers']}, which metric {entry['metric']} cannot read")
+        about, answers, metric = f"{file}: question {entry['id']}", entry["answers"], entry["metric"]
+        if metric not in OWN:
+            raise InputError(f"{about}: metric is {metric!r}, want one of {', '.join(OWN)}")
+        if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+            raise InputError(f"{about}: answers are {answers}, want a list of strings, none empty")
+        if len(answers) != {"vqa": 10, "exact": len(answers)}.get(metric, 1):
+            raise InputError(f"{about}: {len(answers)} answers, want ten for metric vqa, one for yesno and choice")
+        if metric == "choice" and answers[0] not in LETTERS or metric == "yesno" and answers[0].lower() not in ("yes", "no"):
+            raise InputError(f"{about}: the answer is {answers[0]!r}, want yes or no for metric yesno, a letter for choice")
+        question = Question(str(entry["id"]), file.parent / entry["image"], entry["question"], answers, metric, file)
         questions.append(question)
     return questions
 
@@ -318,14 +326,16 @@ def join_answers(file: Path, data: dict[str, list[Question]], paths: list[Path])
                 asked[name, key].append(question)
     for i, line in enumerate(read_lines(file), 1):
         name = line.get("benchmark", only)
-        if name is None:
-            raise InputError(f"{file}: line {i} does not say its benchmark; want --bench with the one it answers")
-        if name not in data:
+        if not isinstance(name, str) or name not in (*data, *BENCHMARKS):
+            raise InputError(f"{file}: line {i} is of benchmark {name!r}; want --bench with the one it answers")
+        if name not in data:                            # a run's answers may be of more benchmarks than are asked about
             continue
         id, prompt = str(line.get("id", line.get("question_id"))), str(line.get("prompt", ""))
         answers = line.get("answers", {"answers": line.get("answer", line.get("text"))})
-        if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
+        if not isinstance(answers, dict) or not answers or not all(isinstance(answer, str) for answer in answers.values()):
             raise InputError(f"{file}: line {i} {json.dumps(line)[:100]}: want id (or question_id) and answer (or text)")
+        if given[name] and answers.keys() != (cells := next(iter(given[name].values())).keys()):
+            raise InputError(f"{file}: line {i} has answers of {', '.join(answers)}, the lines before of {', '.join(cells)}")
         known = asked[name, llava_key(name, id, prompt)] or asked[name, id]
         if not known:
             raise InputError(f"{file}: line {i} answers question {id!r}, which {name} does not have; its ids are like "
@@ -337,8 +347,8 @@ def join_answers(file: Path, data: dict[str, list[Question]], paths: list[Path])
     if not any(given.values()):
         raise InputError(f"{file}: no answers to {', '.join(data)}")
     joined = {name: [(q, given[name][q.id]) for q in questions if q.id in given[name]] for name, questions in data.items()}
-    images = [question.image for question, _ in joined.get("mme", [])]
-    if alone := [image for image in images if images.count(image) == 1]:
+    images = Counter(question.image for question, _ in joined.get("mme", []))
+    if alone := [image for image, answered in images.items() if answered == 1]:
         raise InputError(f"{file}: one question about {alone[0]} is answered, the other is not; want pairs")
     return {name: pairs for name, pairs in joined.items() if pairs}
 
@@ -374,13 +384,15 @@ def load_benchmark(name: str, data: Path, style: str | None = None) -> list[Ques
         paths = paths_under(data)
         questions = BENCHMARKS[name](paths, style)
     if not questions:
-        raise InputError(f"--data {data}: no {name} found in it" + unpacked(paths))
+        raise InputError((f"--data {data}: no {name} found in it" if paths else f"{name}: no questions in it") + unpacked(paths))
     first = {}
     for question in questions:
         twin = first.setdefault(question.id, question)
         if twin is not question:
             raise InputError(f"{name}: question {question.id} is there twice, in {twin.source} and in {question.source}")
-        if not question.image.exists():
+        if re.search("[\ud800-\udfff]", question.prompt):
+            raise InputError(f"{question.source}: question {question.id} holds half a character: {ascii(question.prompt)[:100]}")
+        if not os.path.isfile(question.image):
             raise InputError(f"{question.image}: not found; question {question.id} of {name} is about it" + unpacked(paths))
     return questions
 
@@ -389,8 +401,10 @@ def paths_under(root: Path) -> list[Path]:
     """Every file and folder, sorted, links followed; hidden ones and macOS's copies left out."""
     if not root.is_dir():
         raise InputError(f"--data {root}: no such folder")
+    def unreadable(error):
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
     found, seen = [], set()
-    for folder, inner, names in os.walk(root, followlinks=True):
+    for folder, inner, names in os.walk(root, followlinks=True, onerror=unreadable):
         real = os.path.realpath(folder)
         inner[:] = [] if real in seen else [name for name in inner if not name.startswith((".", "__MACOSX"))]
         seen.add(real)
@@ -422,7 +436,7 @@ def read_text(file: Path) -> str:
 def read_json(file: Path) -> dict:
     try:
         found = json.loads(read_text(file))
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:           # not JSON, a number of thousands of digits, too deep
         raise InputError(f"{file}: not valid JSON ({e})")
     if not isinstance(found, dict):
         raise InputError(f"{file}: holds a {type(found).__name__}, want a JSON object")
@@ -436,12 +450,16 @@ def read_lines(file: Path, **fields) -> list[dict]:
         if line.strip():
             try:
                 found.append(require(json.loads(line), file, f"line {i}", **fields))
-            except json.JSONDecodeError as e:
+            except InputError:
+                raise
+            except (ValueError, RecursionError) as e:
                 raise InputError(f"{file}: line {i} is not valid JSON ({e})")
     return found
 
 
 def require(entry, file: Path, where: str = "", **fields) -> dict:
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), kind) for name, kind in fields.items()):
+    """The entry, if it is an object with these fields of these types; true and false are no numbers."""
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), kind) and not isinstance(entry[name], bool)
+                                              for name, kind in fields.items()):
         raise InputError(f"{file}: {where} {json.dumps(entry)[:100]}: want {', '.join(fields) or 'an object'}")
     return entry

@@ -5,7 +5,7 @@
     python eval.py --image cat.jpg --question "Is there a cat?" --layer 20 --ratio 0.9
     torchrun --nproc-per-node 8 eval.py ...                the same results, the questions shared by eight processes
 
-In this order: the one loop over questions, information and horizon, statistics, report, pictures, command line.
+In this order: the one loop over questions, information and horizon, statistics, speed, report, command line.
 """
 import argparse
 import hashlib
@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,11 +31,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import model_llava
 import model_qwen
-from benchmarks import BENCHMARKS, COLUMNS, STYLES, TOTALS, Question, join_answers, load_benchmark, paths_under, read_json, score
+import pictures
+from benchmarks import (BENCHMARKS, COGNITION, COLUMNS, PERCEPTION, STYLES, TOTALS, Question, join_answers, load_benchmark,
+                        paths_under, read_json, score)
 from tokprune import (METHODS, NEED_A_LAYER, ORACLES, InputError, at_budget, check_method, count, flops, format_schedule,
                       horizon, information_flops, parse_schedule, per_token, prefill, prune, token_information, visual_tokens)
 
@@ -43,21 +45,22 @@ HERE = Path(__file__).resolve().parent
 # config.json's model_type -> the file that implements it; it refuses llava_llama and says what to use instead
 MODELS = {"llava": model_llava, "llava_llama": model_llava, "qwen2_5_vl": model_qwen}
 NOISE = 0.01                    # information below this is called none: bfloat16 resolves a probability no better
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
-                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))             # set by torchrun
+RANK, WORLD, LOCAL_RANK = ((int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+                           if "TORCHELASTIC_RUN_ID" in os.environ else (0, 1, 0))          # set by torchrun
 
 
 # ---- the one loop -----------------------------------------------------------------------------------------------
 
 def draw(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
     """About `limit` of them, by seed, all if None; the questions of an image stay together."""
-    images = sorted({q.image for q in questions})
+    about = Counter(q.image for q in questions)
+    images = sorted(about)
     random.Random(seed).shuffle(images)
     chosen, room = set(), len(questions) if limit is None else limit
     for image in images:
         if room > 0:
             chosen.add(image)
-            room -= sum(q.image == image for q in questions)
+            room -= about[image]
     return [q for q in questions if q.image in chosen]
 
 
@@ -133,7 +136,7 @@ def evaluate(model, benchmark: str, questions: list[Question], cells: list[Cell]
     mine = [question for question in questions[RANK::WORLD] if (benchmark, question.id) not in done]
     began, right = time.time(), 0.0
     for i, (question, image) in enumerate(ahead(lambda q: model.preprocess(read_image(q.image)), mine, args.workers), 1):
-        line = attempt(lambda: answer_cells(model, question, image, cells, args), f"{benchmark} {question.id}")
+        line = attempt(lambda: answer_cells(model, question, image(), cells, args), f"{benchmark} {question.id}")
         if line:
             read = {key: score(answer, question) for key, answer in line["answers"].items()}
             append(file, {"benchmark": benchmark, "id": question.id, "prompt": short_hash(question.prompt), **line,
@@ -150,7 +153,7 @@ def evaluate(model, benchmark: str, questions: list[Question], cells: list[Cell]
 
 
 def ahead(work, items: list, workers: int):
-    """Each item with work(item), in order; a few threads work ahead of who asks."""
+    """Each item with a function that returns work(item), in order; a few threads work ahead of who asks."""
     pool, waiting = ThreadPoolExecutor(workers), deque()
     try:
         for i in range(len(items) + 2 * workers):
@@ -158,7 +161,7 @@ def ahead(work, items: list, workers: int):
                 waiting.append((items[i], pool.submit(work, items[i])))
             if i >= 2 * workers:
                 item, future = waiting.popleft()
-                yield item, future.result()
+                yield item, future.result
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -167,12 +170,18 @@ def attempt(work, what: str):
     """What work() returns, or None where memory runs out, which is reported; the run goes on."""
     try:
         return work()
-    except (RuntimeError, MemoryError) as e:            # torch has a type of its own on CUDA only
-        if not (isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)):
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
             raise
     print(f"\neval.py: {what}: out of memory, failed", file=sys.stderr)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch has a type of its own for its allocator on CUDA only."""
+    return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or re.search("can't allocate memory|out of memory|ALLOC_FAILED", str(error)) is not None)
 
 
 def append(file: Path, line: dict):
@@ -187,7 +196,7 @@ def gather(out: Path, benchmark: str, questions: list[Question]) -> dict[tuple[s
     """All answers by benchmark and id, those of every process that wrote here, made one file in the order of the questions."""
     wait()
     if RANK == 0:
-        files, done = sorted(out.glob("answers*.jsonl")), {}
+        files, done = [file for name in ("answers.jsonl", "answers.rank*.jsonl") for file in sorted(out.glob(name))], {}
         for file in files:
             done |= {(line["benchmark"], line["id"]): line for line in read_answers(file)}
         place = {(benchmark, question.id): i for i, question in enumerate(questions)}
@@ -239,6 +248,8 @@ def read_image(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
+    except MemoryError:
+        raise
     except Exception as e:                              # Pillow raises OSError, ValueError, SyntaxError, TypeError and its own
         raise InputError(f"{path}: cannot be read as an image ({e})")
     return image
@@ -261,10 +272,11 @@ def measure_information(model, benchmark: str, questions: list[Question], layers
     file, own = (out / "information.npz", maps) if WORLD == 1 else (out / f"information.rank{RANK}.npz", {})
     mine = [question for question in questions[RANK::WORLD] if f"{benchmark}/{question.id}" not in maps]
     began = saved = time.time()
+    own["layers"] = np.array(layers)
     try:
         for i, (question, image) in enumerate(ahead(lambda q: model.preprocess(read_image(q.image)), mine, args.workers), 1):
             found = attempt(lambda: token_information(
-                model, model.begin(image, question.prompt), question.gold, layers, args.window, args.information, args.target,
+                model, model.begin(image(), question.prompt), question.gold, layers, args.window, args.information, args.target,
                 args.max_batch_tokens), f"{benchmark} {question.id}")
             if found is not None:
                 own[f"{benchmark}/{question.id}"] = found.numpy()
@@ -277,7 +289,7 @@ def measure_information(model, benchmark: str, questions: list[Question], layers
     maps = gather_maps(out)
     measured = [(q, maps[f"{benchmark}/{q.id}"]) for q in questions if f"{benchmark}/{q.id}" in maps]
     if not measured:
-        raise InputError(f"{benchmark}: memory ran out on every question; want a --max-batch-tokens below {args.max_batch_tokens}")
+        raise InputError(f"{benchmark}: memory ran out on every question; want --max-batch-tokens below {args.max_batch_tokens}")
     return measured
 
 
@@ -285,7 +297,7 @@ def gather_maps(out: Path) -> dict[str, np.ndarray]:
     """`gather` for maps of information."""
     wait()
     if RANK == 0:
-        maps, files = {}, sorted(out.glob("information*.npz"))
+        maps, files = {}, [file for name in ("information.npz", "information.rank*.npz") for file in sorted(out.glob(name))]
         for file in files:
             maps |= read_maps(file)
         save_maps(out / "information.npz", maps)
@@ -376,6 +388,11 @@ def layer_no_method_beats_random(rows: list[dict]) -> int:
     return later[0] if later else layers_of(rows)[-1] + 1
 
 
+def layers_of(rows: list[dict]) -> list[int]:
+    """Where methods prune; several in a sweep. Rows of a schedule have no one layer."""
+    return sorted({row["layer"] for row in rows if row["method"] in METHODS})
+
+
 def rivals_of_random(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["method"] in METHODS and row["method"] not in ORACLES and row["minus_random"]]
 
@@ -440,26 +457,112 @@ def totals(benchmark: str, questions: list[Question], runs: list[list[float]]) -
     return {name: float(np.mean([total[name] for total in found])) for name in found[0]}
 
 
-def time_prefill(model, question: Question, cells: list[Cell], args, rounds: int = 7) -> dict:
-    """Median milliseconds from the input of layer 0 to the first logits, by spec, alone in its batch; the oracle is not timed."""
-    stream = model.begin(read_image(question.image), question.prompt)
-    schedules = {format_schedule(cell.schedule): cell.schedule for cell in cells}
-    schedules = {spec: stages for spec, stages in schedules.items() if not ORACLES.keys() & {stage[1] for stage in stages}}
+# ---- speed ------------------------------------------------------------------------------------------------------
+
+def spread(milliseconds: list[float]) -> dict:
+    return {"median": float(np.median(milliseconds)), "low": min(milliseconds), "high": max(milliseconds)}
+
+
+def time_prefill(model, stream, schedules: dict[str, tuple], positions: str, rounds: int) -> dict[str, dict]:
+    """Milliseconds from the input of layer 0 to the first logits, by spec, alone in its batch; specs take turns."""
     spent = defaultdict(list)
     for _ in range(rounds + 1):                         # the first round warms up
         for spec, schedule in schedules.items():
             start = now()
-            model.logits(prefill(model, stream, schedule, positions=args.positions))
+            model.logits(prefill(model, stream, schedule, positions=positions))
             spent[spec].append(now() - start)
-    return {spec: float(np.median(ms[1:])) for spec, ms in spent.items()}
+    return {spec: spread(ms[1:]) for spec, ms in spent.items()}
+
+
+def timed(cells: list[Cell]) -> dict[str, tuple]:
+    """The schedules of the cells by spec, without oracles, whose time is the measuring's."""
+    schedules = {format_schedule(cell.schedule): cell.schedule for cell in cells}
+    return {spec: stages for spec, stages in schedules.items() if not ORACLES.keys() & {method for _, method, _ in stages}}
+
+
+def time_calls(call, rounds: int) -> dict:
+    """Milliseconds of call(), after one that warms up."""
+    spent = []
+    for _ in range(rounds + 1):
+        start = now()
+        call()
+        spent.append(now() - start)
+    return spread(spent[1:])
+
+
+def measure_speed(model, image, prompt: str, cells: list[Cell], args, rounds: int = 10, new_tokens: int = 8) -> list[dict]:
+    """A row for each schedule: tower (image and prompt to the input of layer 0), prefill, its selections alone, a decoded token;
+    cache and peak memory in bytes; prefill FLOPs, and their rate as a share of a bare matrix product's on this device."""
+    weight = next(model.parameters())
+    stream = model.begin(image, prompt)
+    N, T = stream.visual[1], stream.x.shape[1]
+    tower, peak = time_calls(lambda: model.begin(image, prompt), rounds), matrix_rate(weight)
+    schedules = timed(cells)
+    spent, rows = time_prefill(model, stream, schedules, args.positions, rounds), []
+    token = torch.full((1, 1), int(stream.ids[-1]), device=weight.device)
+    for spec, schedule in schedules.items():
+        s, select = stream, 0.0
+        for layer, method, amount in schedule:
+            at = model.run(s, stop=layer)
+            select += time_calls(lambda: prune(model, at, method, count(amount, N), positions=args.positions), rounds)["median"]
+            s = prune(model, at, method, count(amount, N), positions=args.positions)
+        del s
+        forget_peak(weight.device)
+        full = prefill(model, stream, schedule, positions=args.positions)
+        memory = peak_memory(weight.device)
+
+        def decode():
+            s = full
+            for _ in range(new_tokens):
+                s = model.run(model.append(s, token))
+                model.logits(s)
+        step = {key: ms / new_tokens for key, ms in time_calls(decode, rounds).items()}
+        work = flops(model.config.text, [T - N + n for n in visual_tokens(schedule, N, model.num_layers)])
+        rows.append({"schedule": spec, "tower_ms": tower, "prefill_ms": spent[spec], "select_ms": select, "decode_ms": step,
+                     "tokens_per_second": 1000 / step["median"], "cache_bytes": cache_bytes(full), "peak_bytes": memory,
+                     "gflops": work / 1e9, "share_of_peak": work / spent[spec]["median"] * 1000 / peak, "peak_flops": peak})
+    return rows
+
+
+def cache_bytes(stream) -> int:
+    """What the cache of a stream keeps in memory: the storages its tensors lie in, each once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for pair in stream.cache for t in pair}
+    return sum(storages.values())
+
+
+def matrix_rate(like: torch.Tensor, rounds: int = 5) -> float:
+    """FLOPs per second of a large square matrix product on this device, in this dtype."""
+    n = 8192 if like.device.type == "cuda" else 2048
+    a = torch.ones(n, n, device=like.device, dtype=like.dtype)
+    return 2 * n ** 3 / time_calls(lambda: a @ a, rounds)["low"] * 1000
+
+
+def forget_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device) -> int | None:
+    """Most bytes in use since `forget_peak`, weights included: of the device, or of the process where Linux tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 # ---- report -----------------------------------------------------------------------------------------------------
 
-def print_head(benchmark: str, questions: list[Question], known: list[Question], prompt: str):
-    """What is asked: how much of the benchmark, and the first question as the model gets it."""
-    images = len({q.image for q in questions})
-    print(f"\n{benchmark}: {part_of(questions, known)}, {images} images; the first: {json.dumps(prompt)}\n")
+def print_head(benchmark: str, questions: list[Question], known: list[Question], template: str) -> str:
+    """What is asked: how much of the benchmark, and the first question as the model gets it, which is returned."""
+    images, subtasks = len({q.image for q in questions}), len({q.group for q in known})
+    prompt = template.format(question=questions[0].prompt)
+    print(f"\n{benchmark}: {part_of(questions, known)}, {images} images"
+          + f", {subtasks} of {len(PERCEPTION + COGNITION)} subtasks" * (benchmark == "mme")
+          + f"; the first: {json.dumps(prompt)}\n")
+    return prompt
 
 
 def print_table(benchmark: str, rows: list[dict]):
@@ -487,13 +590,13 @@ def print_sweep(benchmark: str, rows: list[dict]):
     """A row a layer, a method a column, scores alone; then what the paper asks of a sweep, in paired 95 % intervals."""
     methods, layers = [m for m in METHODS if any(row["method"] == m for row in rows)], layers_of(rows)
     by = {(row["method"], row["layer"]): row for row in rows}
+    print(f"| {benchmark}, layer | " + " | ".join(methods) + " |\n" + "|---:" * (1 + len(methods)) + "|")
     for name, layer in (("unpruned", None), ("no image", 0)):
-        print(f"{benchmark}, {name}: {by[name, layer]['score']:.1f}")
-    print(f"\n| {benchmark}, layer | " + " | ".join(methods) + " |\n" + "|---:" * (1 + len(methods)) + "|")
+        print(f"| {name} |" + f" {by[name, layer]['score']:.1f} |" * len(methods))
     for layer in layers:
         print(f"| {layer} | " + " | ".join(f"{by[m, layer]['score']:.1f}" if (m, layer) in by else "-" for m in methods) + " |")
     deep, rivals = layer_no_method_beats_random(rows), rivals_of_random(rows)
-    print(f"\n{benchmark}: no method beats random from layer {deep} on (oracles apart)")
+    print(f"\n{benchmark}: no method beats random from layer {deep} on (our rule; oracles apart)")
     if rivals:
         most = max(rivals, key=lambda row: row["minus_random"][0])
         print(f"{benchmark}: the most over random is {difference(most['minus_random'])}, {most['method']} at layer "
@@ -544,125 +647,8 @@ def part_of(questions: list[Question], known: list[Question]) -> str:
     return f"{part} {len(known)} questions"
 
 
-def layers_of(rows: list[dict]) -> list[int]:
-    """Where methods prune; several in a sweep. Rows of a schedule have no one layer."""
-    return sorted({row["layer"] for row in rows if row["method"] in METHODS})
-
-
 def difference(values) -> str:
     return "-" if values is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(value + 0.0 for value in values))   # -0.0 is 0
-
-
-# ---- pictures ---------------------------------------------------------------------------------------------------
-
-INK = dict(zip(METHODS, ["#7f7f7f", "#d62728", "#ff7f0e", "#2ca02c", "#1f77b4", "#9467bd", "#111111", "#17becf"]))
-PANEL = (620, 380)
-FONT, SMALL = ImageFont.load_default(15), ImageFont.load_default(12)
-
-
-def axes(draw, panel: int, title: str, layers: list[int], caption: str):
-    """A frame for percents against layers, -> where a point (layer, percent) lies, and where the legend starts."""
-    width, height, (x0, y0) = *PANEL, (panel * PANEL[0] + 60, 46)
-    x1, y1, low, high = (panel + 1) * width - 130, height - 40, layers[0] - 0.5, layers[-1] + 0.5
-
-    def place(layer, percent):
-        return x0 + (layer - low) / (high - low) * (x1 - x0), y1 - percent / 100 * (y1 - y0)
-    draw.text(((x0 + x1) / 2, 18), title, "black", FONT, anchor="mm")
-    draw.text(((x0 + x1) / 2, height - 4), caption, "black", SMALL, anchor="mm")
-    for percent in range(0, 101, 20):
-        x, y = place(low, percent)
-        draw.line((x0, y, x1, y), "#e4e4e4")
-        draw.text((x - 8, y), f"{percent}", "black", SMALL, anchor="rm")
-    for layer in layers[::-(-len(layers) // 12)]:
-        draw.text((place(layer, 0)[0], y1 + 12), f"{layer}", "black", SMALL, anchor="mm")
-    return place, (x1 + 6, (y0 + y1) / 2 - 60)
-
-
-def draw_curve(draw, place, legend, number: int, name: str, points: list[tuple[int, float]], ink: str):
-    dots = [place(*point) for point in points]
-    draw.line(dots, ink, 2, joint="curve")
-    for x, y in dots:
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), ink)
-    x, y = legend[0], legend[1] + 17 * number
-    draw.line((x, y, x + 18, y), ink, 3)
-    draw.text((x + 24, y), name, "black", SMALL, anchor="lm")
-
-
-def draw_dashes(draw, start, end, caption: str):
-    (x0, y0), (x1, y1) = start, end
-    length = math.hypot(x1 - x0, y1 - y0)
-    for at in range(0, int(length), 8):
-        points = [(x0 + (x1 - x0) * t / length, y0 + (y1 - y0) * t / length) for t in (at, min(at + 4, length))]
-        draw.line(points, "black")
-    draw.text((x1 - 4, y1 - 2), caption, "black", SMALL, anchor="rs")
-
-
-def plot(report: dict, path: Path):
-    """Score against layer, a panel a benchmark, a method a line; dashed: the unpruned model, and the one without image."""
-    picture = Image.new("RGB", (PANEL[0] * len(report), PANEL[1] + 30), "white")
-    draw = ImageDraw.Draw(picture)
-    for panel, (benchmark, rows) in enumerate(report.items()):
-        layers = layers_of(rows)
-        place, legend = axes(draw, panel, benchmark, layers, "pruned at the input of layer")
-        for row in rows:
-            if row["method"] in ("unpruned", "no image"):
-                draw_dashes(draw, place(layers[0] - 0.5, row["score"]), place(layers[-1] + 0.5, row["score"]), row["method"])
-        lines = {m: sorted((row["layer"], row["score"]) for row in rows if row["method"] == m) for m in METHODS}
-        for i, (method, points) in enumerate((m, p) for m, p in lines.items() if p):
-            draw_curve(draw, place, legend, i, method, points, INK.get(method, "#8c564b"))
-    picture.save(path)
-
-
-def plot_information(report: dict, pictures: dict, path: Path):
-    """For each benchmark: information by layer, its mean and spread in percent of their largest value, and the score with
-    everything dropped in percent of the unpruned one, the horizon dashed; below, one image's map at six layers."""
-    picture = Image.new("RGB", (PANEL[0] * len(report), PANEL[1] + 30 + 130), "white")
-    draw = ImageDraw.Draw(picture)
-    for panel, (benchmark, found) in enumerate(report.items()):
-        rows, end = found["information"], found["horizon"]
-        layers = [row["layer"] for row in rows]
-        place, legend = axes(draw, panel, benchmark, layers, "at the input of layer")
-        for i, (name, key, ink) in enumerate([("mean", "mean", "#1f77b4"), ("spread", "std", "#ff7f0e")]):
-            top = max(max(row[key] for row in rows), 1e-12)
-            draw_curve(draw, place, legend, i, name, [(row["layer"], max(0, 100 * row[key] / top)) for row in rows], ink)
-        share = [min(100, 100 * end["scores"][layer] / max(end["unpruned"], 1e-12)) for layer in layers]
-        draw_curve(draw, place, legend, 2, "all dropped", list(zip(layers, share)), "#7f7f7f")
-        if layers[0] <= end["layer"] <= layers[-1]:
-            draw_dashes(draw, place(end["layer"], 0), place(end["layer"], 100), "horizon")
-        canvas, maps = pictures[benchmark]
-        canvas = canvas.resize((84, round(84 * canvas.height / canvas.width)), Image.BICUBIC)
-        shown = [layers[round(i * (len(layers) - 1) / 5)] for i in range(6)]
-        top = max(float(maps.max()), 1e-12)
-        for i, layer in enumerate(shown):
-            told = (200 * np.clip(maps[layers.index(layer)] / top, 0, 1)).astype(np.uint8)
-            heat, ink = Image.fromarray(told).resize(canvas.size, Image.NEAREST), Image.new("RGB", canvas.size, "#d62728")
-            tile = Image.composite(ink, canvas.convert("L").convert("RGB"), heat)
-            x, y = panel * PANEL[0] + 30 + 94 * i, PANEL[1] + 40
-            picture.paste(tile, (x, y))
-            draw.text((x + 42, y - 9), f"layer {layer}", "black", SMALL, anchor="mm")
-    picture.save(path)
-
-
-def overlay(canvas: Image.Image, panels: list[tuple[str, list[int]]], grid: tuple[int, int], path: Path):
-    """The image once per panel (caption, kept tokens); what was dropped is dimmed."""
-    rows, cols = grid
-    side = 224
-    canvas = canvas.resize((side, round(side * canvas.height / canvas.width)), Image.BICUBIC)
-    across = min(4, len(panels))
-    picture = Image.new("RGB", (across * (side + 8), -(-len(panels) // across) * (canvas.height + 28)), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
-    dim = Image.blend(canvas, Image.new("RGB", canvas.size, "white"), 0.8)
-    for i, (caption, kept) in enumerate(panels):
-        panel = dim.copy()
-        for token in kept:
-            r, c = divmod(token, cols)
-            box = tuple(round(v) for v in (c * side / cols, r * canvas.height / rows,
-                                           (c + 1) * side / cols, (r + 1) * canvas.height / rows))
-            panel.paste(canvas.crop(box), box)
-        x, y = i % across * (side + 8), i // across * (canvas.height + 28)
-        picture.paste(panel, (x + 4, y + 24))
-        draw.text((x + 6, y + 12), caption, "black", font, anchor="lm")
-    picture.save(path)
 
 
 def show_image(model, image: Image.Image, args, cells: list[Cell], out: Path) -> dict:
@@ -674,7 +660,7 @@ def show_image(model, image: Image.Image, args, cells: list[Cell], out: Path) ->
         answers[cell.key] = model.decode(s, args.max_new_tokens, args.repetition_penalty)[0]
         panels.append((f"{cell.row}: {answers[cell.key]}", s.origin[0].tolist()))
         print(f"{cell.row:12} {s.visual[1]:5} visual tokens    {answers[cell.key]}")
-    overlay(model.canvas(image), panels, stream.grid, out / "overlay.png")
+    pictures.overlay(model.canvas(image), panels, stream.grid, out / "overlay.png")
     print(f"overlay: {out / 'overlay.png'}")
     return answers
 
@@ -704,6 +690,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--budget", metavar="B", help="shares of the visual tokens, mean over the layers, as 1/3,1/9: each method "
                    "alone, with random and with nothing from --layer on (default: horizon)")
     p.add_argument("--score", type=Path, metavar="JSONL", help="score these answers, made elsewhere, instead of running a model")
+    p.add_argument("--speed", action="store_true", help="time the unpruned model and each method on one question instead")
     p.add_argument("--information", nargs="?", const="keep-one", choices=["keep-one", "leave-one-out"],
                    help="measure token information and the horizon instead (default: keep-one)")
     p.add_argument("--target", choices=["first", "answer"], default="first",
@@ -744,7 +731,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             raise InputError(f"--{flag.replace('_', '-')}: {value}, want {low} or more, below 2^31")
     if not 0 < args.repetition_penalty < float("inf"):
         raise InputError(f"--repetition-penalty: {args.repetition_penalty}, want a number above 0; 1 is no penalty")
+    for flag in ("layer", "ratio", "method", "budget"):
+        if getattr(args, flag) == "":
+            raise InputError(f"--{flag}: empty; leave it out for its default")
+    if args.score and (args.image or args.layer or args.method or args.ratio or args.schedule or args.budget or args.information
+                       or args.speed or args.limit or args.out or args.plot):
+        raise InputError("--score: takes --data and --bench alone; no model runs")
+    if args.speed and (args.information or args.budget or "horizon" in (args.layer or "")):
+        raise InputError("--speed: takes --method, --layer, --ratio or --schedule, and no --information, --budget or horizon")
     args.bench = args.bench.split(",")
+    if len({Path(name).name for name in args.bench}) < len(args.bench):
+        raise InputError(f"--bench: {', '.join(args.bench)}: two of one name; want each once")
     for benchmark in args.bench:
         if benchmark not in BENCHMARKS and not benchmark.endswith(".jsonl"):
             raise InputError(f"--bench: unknown benchmark {benchmark!r}; want one of {', '.join(BENCHMARKS)} or a .jsonl file")
@@ -796,7 +793,7 @@ def is_drawn(schedule: tuple) -> bool:
 
 
 def parse_schedules(args, at: int) -> list[tuple[str, tuple, tuple]]:
-    schedules = [tuple(parse_schedule(text.replace("@horizon", f"@{at}"))) for text in args.schedule]
+    schedules = [tuple(parse_schedule(re.sub(r"@horizon(?=[:=])", f"@{at}", text))) for text in args.schedule]
     if not all(schedules):
         raise InputError("--schedule: empty, want e.g. 'dart@2=252 random@20:0.9'")
     return [(format_schedule(stages), stages, () if stages == schedules[0] else schedules[0])
@@ -858,7 +855,8 @@ def parse_methods(args, num_layers: int, at: int) -> list[tuple[str, tuple, tupl
 
 def load_model(args):
     """How many layers --model has, its file, and a function that loads it, to be called once all flags are checked."""
-    device = args.device or (f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = f"cuda:{LOCAL_RANK}" if device == "cuda" else device
     try:
         assert torch.device(device).type in ("cpu", "cuda"), "want cpu or cuda"
         torch.empty(0, device=device)
@@ -886,10 +884,15 @@ def short_hash(*parts) -> str:
 
 
 def fingerprint(args, data: dict) -> dict:
-    """What else decides the answers: code, checkpoint (names, sizes, dates), questions. A short hash of each."""
+    """What else decides the answers: code, checkpoint (each file's name, size, first and last MiB), questions; a hash of each."""
+    def ends(file):
+        with file.open("rb") as f:
+            start = f.read(2 ** 20)
+            f.seek(max(0, file.stat().st_size - 2 ** 20))
+            return hashlib.sha256(start + f.read()).hexdigest()
     files = sorted(f for f in args.model.iterdir() if f.is_file())
     return {"code": short_hash(*(f.read_text("utf-8") for f in sorted(HERE.glob("*.py")))),
-            "checkpoint": short_hash(*((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)),
+            "checkpoint": short_hash(*((f.name, f.stat().st_size, ends(f)) for f in files)),
             "questions": {name: short_hash(*questions) for name, questions in data.items()}}
 
 
@@ -944,7 +947,7 @@ def main(argv: list[str]) -> int:
     """-> how many answers failed for want of memory."""
     args = parse_arguments(argv)
     if args.score:
-        data = {Path(name).name: load_benchmark(name, args.data) for name in args.bench}
+        data = {Path(name).name: load_benchmark(name, args.data, args.prompt_style) for name in args.bench}
         report = {"command": shlex.join(["eval.py", *argv]), "benchmarks": report_given(args.score, data, paths_under(args.data))}
         print(json.dumps(report))
         return 0
@@ -961,34 +964,36 @@ def main(argv: list[str]) -> int:
                 **{bound: getattr(model.config, bound, None) for bound in ("min_pixels", "max_pixels")},
                 **fingerprint(args, data)}
     out = open_folder(args, argv, settings)
-    prompts = {name: module.PROMPT.format(question=draw(questions, args.limit, args.seed)[0].prompt)
-               for name, questions in data.items()}
-    if image:
+    if args.speed:
+        image = image or read_image(next(iter(data.values()))[0].image)
+        prompt = args.question or next(iter(data.values()))[0].prompt
+        report = report_speed(model, image, prompt, parse_cells(args, num_layers), args)
+    elif image:
         report = {"question": args.question, "answers": show_image(model, image, args, parse_cells(args, num_layers), out)}
     elif args.information:
-        report = report_information(model, data, prompts, args, out)
+        report = report_information(model, data, module.PROMPT, args, out)
     else:
-        report = report_scores(model, data, prompts, args, out)
+        report = report_scores(model, data, module.PROMPT, args, out)
     if RANK == 0:
-        report = {"command": shlex.join(["eval.py", *argv]), **settings, **provenance(args, model, data), "prompts": prompts,
-                  **report}
+        report = {"command": shlex.join(["eval.py", *argv]), **settings, **provenance(args, model, data), **report}
         write(out / "result.json", json.dumps(report, indent=1) + "\n")
         print(json.dumps(report))
     return report.get("failed", 0)
 
 
-def report_scores(model, data: dict, prompts: dict, args, out: Path) -> dict:
+def report_scores(model, data: dict, template: str, args, out: Path) -> dict:
     """Every cell on every benchmark, a table each; --layer horizon is measured first, on questions that are then left out."""
-    report, seconds = {"benchmarks": {}, "horizon": {}, "failed": 0}, np.zeros(2)
+    report, seconds = {"prompts": {}, "benchmarks": {}, "horizon": {}, "failed": 0}, np.zeros(2)
     for benchmark, questions in data.items():
         at, known = 0, questions
         if args.horizon:
-            at, questions = calibrate(model, benchmark, questions, args, out)
+            at, questions, failed = calibrate(model, benchmark, questions, args, out)
             report["horizon"][benchmark] = at
+            report["failed"] += failed
         questions = draw(questions, args.limit, args.seed)
         N = math.prod(model.begin(read_image(questions[0].image), questions[0].prompt).grid) if args.budget else 0
         cells = parse_cells(args, model.num_layers, at, N)
-        print_head(benchmark, questions, known, prompts[benchmark])
+        report["prompts"][benchmark] = print_head(benchmark, questions, known, template)
         done = evaluate(model, benchmark, questions, cells, args, out)
         rows = report["benchmarks"][benchmark] = summarise(model, benchmark, questions, done, cells)
         report["failed"] += rows[0]["failed"]
@@ -999,14 +1004,16 @@ def report_scores(model, data: dict, prompts: dict, args, out: Path) -> dict:
             print_table(benchmark, rows)
         print_odd(benchmark, rows)
         if len(layers_of(rows)) <= 1 and RANK == 0:
-            spent = time_prefill(model, questions[0], cells, args)
+            question = next(question for question, line in zip(questions, done) if "failed" not in line)
+            stream = model.begin(read_image(question.image), question.prompt)
+            spent = time_prefill(model, stream, timed(cells), args.positions, rounds=7)
             rows[:] = [row | {"prefill_ms": spent.get(row["schedule"])} for row in rows]
             print(f"{benchmark}, prefill in ms: "
-                  + ", ".join(f"{spec or 'unpruned'} {ms:.1f}" for spec, ms in spent.items()) + "\n")
+                  + ", ".join(f"{spec or 'unpruned'} {ms['median']:.1f}" for spec, ms in spent.items()) + "\n")
     print(f"{seconds[0]:.0f} s for the questions, {seconds[1]:.0f} s of them the oracles' measuring; {where(model)}; "
           f"repetition penalty {args.repetition_penalty:g}; answers in {out}\n")
     if args.plot and RANK == 0:
-        plot(report["benchmarks"], args.plot)
+        pictures.plot(report["benchmarks"], layers_of(rows), args.plot)
     return report
 
 
@@ -1015,41 +1022,44 @@ def where(model) -> str:
     return f"{weight.device}, {str(weight.dtype)[6:]}, {torch.get_num_threads()} threads" + f", {WORLD} processes" * (WORLD > 1)
 
 
-def calibrate(model, benchmark: str, questions: list[Question], args, out: Path) -> tuple[int, list[Question]]:
-    """The horizon of a benchmark on about --calibrate of its questions, and the others."""
+def calibrate(model, benchmark: str, questions: list[Question], args, out: Path) -> tuple[int, list[Question], int]:
+    """The horizon of a benchmark on about --calibrate of its questions, the others, and on how many memory ran out."""
     chosen = draw(questions, args.calibrate, args.seed)
-    others = [q for q in questions if q.image not in {c.image for c in chosen}]
+    images = {q.image for q in chosen}
+    others = [q for q in questions if q.image not in images]
     if not others:
         raise InputError(f"--calibrate: {args.calibrate} questions are all that {benchmark} has; want some left to score")
     cells = drop_all(args, model.num_layers)
     (out / "calibration").mkdir(exist_ok=True)
-    end = measure_horizon(chosen, evaluate(model, benchmark, chosen, cells, args, out / "calibration"), cells, args.tolerance)
+    lines = evaluate(model, benchmark, chosen, cells, args, out / "calibration")
+    answered = [(q, line) for q, line in zip(chosen, lines) if "failed" not in line]
+    end = measure_horizon(*zip(*answered), cells, args.tolerance)
     if end["layer"] == model.num_layers:
         raise InputError(f"--layer horizon: {benchmark} has none; at every layer dropping all costs more than "
                          f"{args.tolerance:g} of the score")
-    print(f"{benchmark}: horizon at layer {end['layer']}, measured on {len(chosen)} questions; "
+    print(f"{benchmark}: horizon at layer {end['layer']}, measured on {len(answered)} questions; "
           f"{len(others)} others are left to score")
-    return end["layer"], others
+    return end["layer"], others, len(chosen) - len(answered)
 
 
-def report_information(model, data: dict, prompts: dict, args, out: Path) -> dict:
+def report_information(model, data: dict, template: str, args, out: Path) -> dict:
     """Information and the scores with everything dropped, by layer, for each benchmark: tables, horizons, a picture."""
-    report, pictures, layers = {}, {}, sorted(set(parse_layers(args, model.num_layers, "all")))
+    report, prompts, shown, layers = {}, {}, {}, sorted(set(parse_layers(args, model.num_layers, "all")))
     for benchmark, questions in data.items():
         known, questions, cells = questions, draw(questions, args.limit, args.seed), drop_all(args, model.num_layers)
-        print_head(benchmark, questions, known, prompts[benchmark])
+        prompts[benchmark] = print_head(benchmark, questions, known, template)
         done = evaluate(model, benchmark, questions, cells, args, out)
         measured = measure_information(model, benchmark, questions, layers, args, out)
-        question, shown = measured[0]
+        question, maps = measured[0]
         image = read_image(question.image)
         stream = model.begin(image, question.prompt)
         start, V = stream.visual
         text = start, stream.x.shape[1] - start - V
-        pictures[benchmark], rows = (model.canvas(image), shown), summarise_information(measured, layers)
+        shown[benchmark], rows = (model.canvas(image), maps), summarise_information(measured, layers)
         cost = information_flops(model.config.text, text, stream.grid, layers, args.window, args.information)
         report[benchmark] = {"information": rows, "horizon": measure_horizon(questions, done, cells, args.tolerance),
                              "gone": layer_information_is_gone(rows), "gflops": [flops / 1e9 for flops in cost],
-                             "failed": len(questions) - len(measured)}
+                             "failed": sum("failed" in line for line in done) + len(questions) - len(measured)}
         print_information(benchmark, report[benchmark], args)
     if len(report) == 2:
         (a, first), (b, second) = ((name, found["horizon"]) for name, found in report.items())
@@ -1057,12 +1067,33 @@ def report_information(model, data: dict, prompts: dict, args, out: Path) -> dic
         print(f"{b}'s horizon lies {second['layer'] - first['layer']:+d} [{low:+g}, {high:+g}] layers from {a}'s\n")
     picture = args.plot or out / "information.png"
     if RANK == 0:
-        plot_information(report, pictures, picture)
+        pictures.plot_information(report, shown, picture)
     print(f"{args.information}, {args.target}, windows of {args.window}x{args.window}; {where(model)}; "
           f"maps in {out / 'information.npz'}, picture in {picture}\n")
     for found in report.values():
         del found["horizon"]["draws"]
-    return {"benchmarks": report, "failed": sum(found["failed"] for found in report.values())}
+    return {"prompts": prompts, "benchmarks": report, "failed": sum(found["failed"] for found in report.values())}
+
+
+def report_speed(model, image, prompt: str, cells: list[Cell], args) -> dict:
+    """`measure_speed` as a table: medians, the range of prefill and decode, speed-up beside what the FLOPs promise."""
+    rows = measure_speed(model, image, prompt, cells, args)
+    full, MiB = rows[0], 2 ** 20
+    tower = full["tower_ms"]
+    print(f"\n{where(model)}; tower {tower['median']:.1f} ms [{tower['low']:.1f}, {tower['high']:.1f}]; a matrix product reaches "
+          f"{full['peak_flops'] / 1e9:.0f} GFLOP/s\n")
+    print_heads(["schedule", "prefill ms", "times faster", "times fewer FLOPs", "select ms", "decode ms/token", "tokens/s",
+                 "cache MiB", "peak MiB", "GFLOPs", "of peak"])
+    for row in rows:
+        span, step = row["prefill_ms"], row["decode_ms"]
+        memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / MiB:.0f}"
+        print(f"| {row['schedule'] or 'unpruned'} | {span['median']:.1f} [{span['low']:.1f}, {span['high']:.1f}] | "
+              f"{full['prefill_ms']['median'] / span['median']:.2f} | {full['gflops'] / row['gflops']:.2f} | "
+              f"{row['select_ms']:.2f} | {step['median']:.2f} [{step['low']:.2f}, {step['high']:.2f}] | "
+              f"{row['tokens_per_second']:.0f} | {row['cache_bytes'] / MiB:.2f} | {memory} | {row['gflops']:.3g} | "
+              f"{row['share_of_peak']:.0%} |")
+    print()
+    return {"speed": rows}
 
 
 def print_information(benchmark: str, found: dict, args):
@@ -1094,6 +1125,11 @@ if __name__ == "__main__":
     except (InputError, KeyboardInterrupt) as e:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print(f"eval.py: error: {e or 'interrupted; what was answered is kept, and the same command goes on'}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        print(f"eval.py: error: out of memory {str(e).partition(chr(10))[0]}", file=sys.stderr)
         sys.exit(2)
     if failed:
         sys.exit(f"eval.py: error: {failed} questions failed for want of memory, scored 0; the same command asks them again")

@@ -321,6 +321,7 @@ def token_information(model, stream: Stream, answer: str, layers: list[int], win
     All layers share one unpruned run, and rows that no removed token can reach are never computed again: their keys and
     values are taken from it. Windows with equally many rows left to run are one batch of at most max_batch_tokens rows.
     """
+    assert mode in ("keep-one", "leave-one-out") and target in ("first", "answer"), f"mode {mode!r}, target {target!r}"
     ids = model.answer_ids(answer)[:1 if target == "first" else None]
     forced = model.append(stream, torch.tensor([ids[:-1]], dtype=torch.long, device=stream.x.device))
     stream = replace(stream, x=torch.cat([stream.x, forced.x], 1), pos=torch.cat([stream.pos, forced.pos], -1))
@@ -469,18 +470,19 @@ def at_budget(method: str, budget: float, deep: int, N: int, L: int) -> list[tup
     layer `deep`, the horizon; and with everything dropped there. What the deep layers give up, the others keep.
 
     As the official code divides it: a method that reads a layer starts at 2, or at 1 where that would take over a quarter
-    of the budget; random keeps a fifth of the mean (at a mean of 192: dart@2=252 random@20=38, divprune@0=284). Rounded
-    in favour of the method alone. Raises InputError where a stage would keep less than one token.
+    of the budget; random keeps a fifth of the mean (at a mean of 192: dart@2=252 or divprune@0=284, then random@20=39 or 38).
+    Rounded in favour of the method alone. Raises InputError where a stage would keep less than one token, or more than all.
     """
     first = 0 if method not in NEED_A_LAYER else 2 if 2 <= budget * L / 4 else 1
     alone = math.ceil((budget * L - first) * N / (L - first))
     total = first * N + (L - first) * alone
     few = round(total / L / 5)
-    with_random, with_none = (min(N, (total - first * N - (L - deep) * n) // (deep - first)) if deep > first else 0
-                              for n in (few, 0))
-    if min(alone, few, with_random) < 1:
-        raise InputError(f"budget {budget:.3g} is too small for {method} from layer {first} on, with random from layer {deep} "
-                         f"on: they would keep {alone}, {with_random} and {few} of {N} tokens; want 1 or more")
+    if deep <= first:
+        raise InputError(f"layer {deep}: random cannot follow {method}, which starts at layer {first}; want a later one")
+    with_random, with_none = ((total - first * N - (L - deep) * n) // (deep - first) for n in (few, 0))
+    if min(alone, few, with_random) < 1 or with_none > N:
+        raise InputError(f"budget {budget:.3g} does not fit {method} from layer {first} on and random from layer {deep} on: they "
+                         f"would keep {alone} alone, {with_random} and {few}, {with_none} and 0, of {N} tokens")
 
     def stages(*kept):
         return tuple((layer, name, round(1 - n / N, 4)) for layer, name, n in kept)

@@ -153,13 +153,13 @@ OWN = {"id": "x", "image": "1.jpg", "question": "What?", "answers": ["Yes"], "me
     (lambda d: (d / "MME/OCR/0001.txt").write_text("Is it?\tYes\n"), "want two lines"),
     (lambda d: (d / "MME/OCR/0001.txt").write_bytes(b"Is it \xe9?\tYes\nIs it not?\tNo\n"), "0001.txt: not UTF-8"),
     (lambda d: shutil.copytree(d / "MME/OCR", d / "copy" / "OCR"), "question OCR/0001/0 is there twice"),
-    (lambda d: (d / "vqa/TextVQA_0.5.1_val.json").write_text('{"data": 5}'), "data is 5, want a list"),
-    (lambda d: (d / "vqa/TextVQA_0.5.1_val.json").write_text('{"data": ["x"]}'), "want a question with a list of ten answers"),
+    (lambda d: (d / "vqa/TextVQA_0.5.1_val.json").write_text('{"data": 5}'), 'the whole {"data": 5}: want data'),
+    (lambda d: (d / "vqa/TextVQA_0.5.1_val.json").write_text('{"data": ["x"]}'), 'data[0] "x": want question, question_id, image_id, answers'),
     (lambda d: (d / "vqa/TextVQA_0.5.1_val.json").write_text('[]'), "holds a list, want a JSON object"),
     (lambda d: (d / "vqa/train_images/1.jpg").unlink(), "1.jpg: not found; question 0 of textvqa"),
     (lambda d: (d / "vqa/TextVQA_0.5.1_val.json").write_text("{"), "not valid JSON"),
     (lambda d: (d / "vqa/TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [
-        {"question": "?", "question_id": 7, "image_id": "1", "answers": ["a"]}]})), "want a question with a list of ten answers"),
+        {"question": "?", "question_id": 7, "image_id": "1", "answers": ["a"]}]})), "question 7: answers are ['a'], want a list of ten"),
     (lambda d: shutil.copy(d / "vqa/TextVQA_0.5.1_val.json", d), "TextVQA_0.5.1_val.json is there 2 times"),
     (lambda d: (shutil.rmtree(d / "vqa/train_images"), (d / "vqa/train_val_images.zip").touch()), "not unpacked: "),
     (lambda d: (shutil.rmtree(d / "pope"), (d / "pope.zip").touch()), "no pope found in it; not unpacked: "),
@@ -170,7 +170,20 @@ OWN = {"id": "x", "image": "1.jpg", "question": "What?", "answers": ["Yes"], "me
     (lambda d: (d / "pope/coco_pope_random.json").write_text((d / "pope/coco_pope_random.json").read_text() * 2), "random/1 is there twice"),
     (lambda d: (d / "sqa/images/test/7/image.png").unlink(), "image.png: not found; question 7 of scienceqa"),
     (lambda d: (d / "sqa/pid_splits.json").write_text('{"test": ["70"]}'), "problems.json: question 70 null: want question, choices"),
-    (lambda d: (d / "sqa/pid_splits.json").write_text('{"test": 3}'), "pid_splits.json: test is 3, want a list"),
+    (lambda d: (d / "sqa/pid_splits.json").unlink(), "problems.json: is here, pid_splits.json is not"),
+    (lambda d: (d / "sqa/problems.json").write_text(json.dumps({"7": {"question": "?", "choices": ["x", None], "answer": 0, "image": "i"},
+                                                              "8": {"question": "?", "choices": ["x"], "answer": 0}})), "want strings"),
+    (lambda d: (d / "sqa/problems.json").write_text(json.dumps({"7": {"question": "?", "choices": ["x", "y"], "answer": True, "image": "i"}})),
+     "question 7 {"),
+    (lambda d: (d / "MME/OCR/0002.jpg").write_bytes(b"x"), "0002.jpg: want one 0002.txt for one image 0002; beside it is nothing"),
+    (lambda d: shutil.copy(d / "MME/OCR/0001.jpg", d / "MME/OCR/0001.png"), "want one 0001.txt for one image 0001; beside it is"),
+    (lambda d: (d / "pope/coco_pope_popular.json").write_text("\n"), "coco_pope_popular.json: is empty"),
+    (lambda d: (d / "vqa/TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [
+        {"question": "?", "question_id": None, "image_id": "1", "answers": ["a"] * 10}]})), "data[0]"),
+    (lambda d: (d / "vqa/TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [
+        {"question": "\ud83d?", "question_id": 1, "image_id": "1", "answers": ["a"] * 10}]})), "holds half a character"),
+    (lambda d: (d / "vqa/TextVQA_0.5.1_val.json").write_text('{"data": ' + "[" * 100000), "not valid JSON"),
+    (lambda d: (d / "sqa/pid_splits.json").write_text('{"test": 3}'), 'pid_splits.json: the whole {"test": 3}: want test'),
     (lambda d: (d / "sqa/problems.json").write_text(json.dumps({"7": {"question": "?", "choices": ["x"], "answer": 1, "image": "image.png"},
                                                               "8": {"question": "?", "choices": ["x"], "answer": 0}})),
      "question 7: answer is 1 of 1 choices")])
@@ -195,7 +208,10 @@ def test_a_file_of_ones_own_is_read_and_scored(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"metric": "rouge"}, "metric is 'rouge', want one of vqa, exact, yesno, choice"), ({"image": "2.jpg"}, "2.jpg: not found"),
     ({"answers": []}, "answers are []"), ({"answers": "Yes"}, "want id, image, question, answers, metric"), ({"answers": [5]}, "answers are [5]"),
-    ({"metric": "vqa"}, "1 answers, want ten"), ({"answers": ["maybe"]}, "which metric yesno cannot read"), ({"id": "y"}, "y is there twice")])
+    ({"metric": "vqa"}, "1 answers, want ten"), ({"answers": ["maybe"]}, "the answer is 'maybe', want yes or no"), ({"id": "y"}, "y is there twice"),
+    ({"answers": ["yes", "no"]}, "2 answers, want ten for metric vqa, one for yesno"), ({"answers": [""], "metric": "exact"}, "none empty"),
+    ({"answers": ["The answer is B."], "metric": "choice"}, "a letter for choice"), ({"image": "x" * 5000}, ": not found"), ({"image": "."}, ": not found"),
+    ({"id": True}, "want id, image, question")])
 def test_wrong_lines_of_ones_own_file_are_named(change, message, tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "1.jpg")
     (tmp_path / "own.jsonl").write_text(lines(OWN, OWN | {"id": "y"}, OWN | {"id": "z"} | change))
@@ -258,7 +274,11 @@ def test_a_runs_own_answers_score_as_the_run_did(capsys, tmp_path):
     ("pope", [{"question_id": 17, "text": "Yes"}], "LLaVA's own need llava_pope_test.jsonl"),
     ("mme", [{"id": "OCR/0001/0", "answer": "Yes"}] * 2, "line 2 answers question 'OCR/0001/0' of mme again"),
     ("mme", [{"id": "OCR/0001/0", "answer": 5}], "want id (or question_id) and answer (or text)"),
-    ("mme", [5], "line 1 5: want an object"), ("mme,pope", [{"id": "OCR/0001/0", "answer": "Yes"}], "does not say its benchmark"), ("mme", [], "no answers")])
+    ("mme", [5], "line 1 5: want an object"), ("mme,pope", [{"id": "OCR/0001/0", "answer": "Yes"}], "line 1 is of benchmark None; want --bench"), ("mme", [], "no answers"),
+    ("mme", [{"benchmark": "MME", "id": "OCR/0001/0", "answer": "Yes"}], "line 1 is of benchmark 'MME'"), ("mme", [{"benchmark": ["x"]}], "line 1"),
+    ("mme", [{"id": "OCR/0001/0", "answers": {}}], "want id (or question_id) and answer"),
+    ("mme", [{"id": "OCR/0001/0", "answer": "Yes"}, {"id": "OCR/0001/1", "answers": {"mine": "No"}}],
+     "line 2 has answers of mine, the lines before of answers")])
 def test_answers_that_do_not_match_are_named(bench, entries, message, tmp_path, data):
     (tmp_path / "given.jsonl").write_text(lines(*entries))
     with pytest.raises(InputError, match=re.escape(message)) as e:

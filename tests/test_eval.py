@@ -161,7 +161,7 @@ def test_another_method_under_the_same_name_is_not_taken_for_the_old_one(tmp_pat
     """The default folder of a run depends on the code, the checkpoint and the questions."""
     args = evaluation.parse_arguments([])
     before = evaluation.fingerprint(args, {})
-    shutil.copy(ROOT / "tokprune.py", tmp_path)
+    shutil.copy(ROOT / "tokprune.py", tmp_path)                                 # the rest of the code is not there
     monkeypatch.setattr(evaluation, "HERE", tmp_path)
     assert evaluation.fingerprint(args, {})["code"] != before["code"]
     assert evaluation.fingerprint(args, {})["checkpoint"] == before["checkpoint"]
@@ -223,6 +223,7 @@ INFORMATION = ["--information", "--limit", 4, "--layer", "1,12,23"]
 def test_information_is_printed_stored_and_drawn_and_an_interrupted_run_goes_on(capsys, tmp_path, monkeypatch):
     printed, want = run(capsys, *INFORMATION, "--out", tmp_path)
     maps = dict(np.load(tmp_path / "information.npz"))
+    assert maps.pop("layers").tolist() == [1, 12, 23]
     questions = [q for name in BENCHMARKS for q in evaluation.draw(load_benchmark(name, TINY), 4, 0)]
     assert sorted(key.partition("/")[2] for key in maps) == sorted(q.id for q in questions)
     assert all(found.shape[0] == 3 and found.dtype == np.float32 for found in maps.values())
@@ -233,7 +234,7 @@ def test_information_is_printed_stored_and_drawn_and_an_interrupted_run_goes_on(
         assert re.search(rf"^\| 12 \| .* \| {rows[1]['mean']:.4f} \| {rows[1]['std']:.4f} ± ", printed, re.M)
     assert Image.open(tmp_path / "information.png").size[0] > 1000
     key = sorted(maps)[0]
-    np.savez(tmp_path / "information.npz", **{k: v for k, v in maps.items() if k != key})
+    np.savez(tmp_path / "information.npz", layers=[1, 12, 23], **{k: v for k, v in maps.items() if k != key})
     calls, original = [], evaluation.token_information
     monkeypatch.setattr(evaluation, "token_information", lambda *a, **k: calls.append(1) or original(*a, **k))
     assert run(capsys, *INFORMATION, "--out", tmp_path)[1] == want and len(calls) == 1
@@ -253,7 +254,7 @@ def test_what_is_measured_survives_an_interruption(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "token_information", stops)
     with pytest.raises(KeyboardInterrupt):
         main([str(flag) for flag in [*INFORMATION, "--out", tmp_path]])
-    assert len(np.load(tmp_path / "information.npz").files) == 2
+    assert len(np.load(tmp_path / "information.npz").files) == 2 + 1                # and the layers
 
 
 @pytest.mark.parametrize("values, want", [([1, 1, 1, 1], 0), ([0, 0, 0, -1], 0.75), ([0, 0], 0), ([1, 3], 0.25)])
@@ -339,7 +340,7 @@ def test_a_sweep_says_what_the_paper_asks_of_it(capsys):
                                    row("dart", 1, 60, (20, 10, 30), info=(-30, -40, -20)), row("dart", 2, 90, same, info=same),
                                    row("info", 1, 90), row("info", 2, 90)])
     printed = capsys.readouterr().out
-    assert "mme, unpruned: 95.0\nmme, no image: 50.0\n\n| mme, layer | random | dart | info |" in printed
+    assert "| mme, layer | random | dart | info |\n|---:|---:|---:|---:|\n| unpruned | 95.0 | 95.0 | 95.0 |\n| no image | 50.0 |" in printed
     assert "| 1 | 40.0 | 60.0 | 90.0 |" in printed and "no method beats random from layer 2 on" in printed
     assert "the most over random is +20.0 [+10.0, +30.0], dart at layer 1" in printed
     assert "from layer 2 on every method is within [-1.0, +2.0] of random" in printed
@@ -375,7 +376,10 @@ def truncated(tmp_path):
     ("--layer horizon --calibrate 5000", "--calibrate: 5000"), ("--tolerance 2", "--tolerance: 2"), ("--window 0", "--window: 0"),
     ("--budget 1/0", "--budget 1/0"), ("--budget 2", "--budget 2: want more than 0"), ("--budget 1/3 --ratio 0.5", "--budget: takes"),
     ("--budget 1/3 --layer 2,3", "--budget: takes"), ("--budget 1/3 --method magic", "unknown method"), ("--budget 1/3 --layer 24", "out of range"),
-    ("--budget 1/3 --layer 2", "budget 0.333 is too small for dart from layer 2 on"), ("--budget 1/500 --layer 20", "budget 0.002 is too small"),
+    ("--budget 1/3 --layer 2", "layer 2: random cannot follow dart, which starts at layer 2"), ("--budget 1/500 --layer 20", "budget 0.002 does not fit"),
+    ("--budget 1/2 --method divprune --layer 5", "budget 0.5 does not fit divprune"), ("--bench mme,mme", "two of one name"),
+    ("--score x.jsonl --limit 2", "--score: takes --data and --bench alone"), ("--speed --information", "--speed: takes"),
+    ("--schedule dart@horizon3:0.5", "does not parse"), ("--plot /proc/x.png --layer 20,21 --limit 2 --method random", "/proc/x.png: cannot be written"),
     ("--max-batch-tokens 0", "--max-batch-tokens: 0"), ("--repetition-penalty 0", "--repetition-penalty: 0"),
     ("--min-pixels 5000", "these are for Qwen2.5-VL"), ("--model tests/golden/qwen_tied --layer 1 --positions compact", "--positions compact"),
     ("--model tests/golden/qwen_tied --layer 1 --min-pixels 5000 --max-pixels 4000", "min_pixels is 5000, max_pixels 4000"),
@@ -388,7 +392,7 @@ def test_bad_input_is_one_line_that_names_it(argv, message, tmp_path, monkeypatc
     argv = argv.replace("TRUNCATED", str(truncated(tmp_path)))
     flags = shlex.split(argv) if argv != "--schedule " else ["--schedule", ""]
     with pytest.raises(InputError, match=re.escape(message)) as e:
-        main(flags + ([] if "--out" in argv else ["--out", str(tmp_path)]))
+        main(flags + ([] if "--out" in argv or "--score" in argv else ["--out", str(tmp_path)]))
     assert "\n" not in str(e.value)
 
 
@@ -418,7 +422,9 @@ def test_every_command_of_the_readme_runs(command, capsys, tmp_path, monkeypatch
         flags[flags.index("--plot") + 1] = "plot.png"
     if "--calibrate" in flags:
         flags[flags.index("--calibrate") + 1] = "4"
-    _, report = run(capsys, *flags, *([] if "--image" in flags else ["--limit", 2]), "--out", "out")
+    if "--score" not in flags:
+        flags += ["--out", "out"] if "--image" in flags else ["--limit", "2", "--out", "out"]
+    _, report = run(capsys, *flags)
     assert report["command"].startswith("eval.py")
 
 

@@ -14,10 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import eval as evaluation
+import model_llava
+import model_qwen
+from benchmarks import load_benchmark
 from eval import main
 from kill_and_resume import kill_and_resume
-from tokprune import InputError
+from tokprune import METHODS, ORACLES, InputError, parse_schedule, visual_tokens
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--method", "dart", "--seeds", "2", "--limit", "6"]
@@ -120,26 +124,50 @@ def test_reading_ahead_keeps_the_order_and_stops_where_it_fails():
     seen = []
     with pytest.raises(InputError, match="30"):
         for item, done in evaluation.ahead(work, list(range(100)), 3):
-            seen.append((item, done))
+            seen.append((item, done()))
     assert seen == [(i, -i) for i in range(30)]
-    assert list(evaluation.ahead(work, [1], 4)) == [(1, -1)] and list(evaluation.ahead(work, [], 4)) == []
+    [(item, done)] = evaluation.ahead(work, [1], 4)
+    assert (item, done()) == (1, -1) and list(evaluation.ahead(work, [], 4)) == []
+
+
+def test_memory_that_runs_out_while_an_image_is_prepared_fails_that_question_alone(tmp_path, monkeypatch):
+    original, calls = evaluation.read_image, []
+
+    def fails(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise MemoryError
+        return original(path)
+    monkeypatch.setattr(evaluation, "read_image", fails)
+    assert main([*FLAGS, "--bench", "mme", "--workers", "1", "--out", str(tmp_path)]) == 1
+
+
+def test_copies_that_lie_in_the_folder_of_a_run_are_left_alone(capsys, tmp_path):
+    main([*FLAGS, "--bench", "mme", "--out", str(tmp_path)])
+    want = timeless(tmp_path / "answers.jsonl")
+    copy = (tmp_path / "answers.jsonl").read_text().replace('"unpruned": 1.0', '"unpruned": 0.0')
+    for name in ("answers_old.jsonl", "answers-backup.jsonl"):
+        (tmp_path / name).write_text(copy)
+    main([*FLAGS, "--bench", "mme", "--out", str(tmp_path)])
+    assert timeless(tmp_path / "answers.jsonl") == want and (tmp_path / "answers_old.jsonl").read_text() == copy
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")])
 def test_a_question_that_memory_is_too_small_for_is_failed_and_the_others_go_on(error, capsys, tmp_path, monkeypatch, alone):
     """Scored 0 in every row, named, counted; asked again by the same command."""
     questions = [line["id"] for line in timeless(alone[1] / "answers.jsonl") if line["benchmark"] == "mme"]
     original, argv = evaluation.answer_cells, [*FLAGS, "--bench", "mme", "--out", str(tmp_path)]
 
     def fails(model, question, *rest):
-        if question.id == questions[2]:
+        if question.id == questions[0]:
             raise error
         return original(model, question, *rest)
     monkeypatch.setattr(evaluation, "answer_cells", fails)
     assert main(argv) == 1
     printed = capsys.readouterr()
-    assert f"eval.py: mme {questions[2]}: out of memory, failed" in printed.err and "mme, failed answers: unpruned 1" in printed.out
+    assert f"eval.py: mme {questions[0]}: out of memory, failed" in printed.err and "mme, failed answers: unpruned 1" in printed.out
     rows = json.loads(printed.out.splitlines()[-1])["benchmarks"]["mme"]
     assert all(row["failed"] == 1 for row in rows) and len(timeless(tmp_path / "answers.jsonl")) == len(questions) - 1
     monkeypatch.undo()
@@ -233,3 +261,35 @@ def test_progress_shows_the_score_and_the_time_left_on_a_terminal_alone(capsys, 
     assert capsys.readouterr().err == "\r\x1b[Kmme 3/10  unpruned 95.0  0.5/s  0:00:14 left"
     evaluation.progress("mme", 10, 10, 100.0)
     assert capsys.readouterr().err == "\r\x1b[K"
+
+
+# ---- speed ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+def test_speed_is_told_for_each_method_and_the_cache_is_what_it_has_to_be(name, capsys, tmp_path):
+    """The bytes behind the cache's tensors, whole storages counted: a view that kept pruned rows alive would show."""
+    main(["--speed", "--model", str(ROOT / "tiny" / name), "--layer", "10", "--ratio", "0.5", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    rows = {row["schedule"]: row for row in json.loads(printed.splitlines()[-1])["speed"]}
+    methods = [method for method in METHODS if method not in ORACLES]
+    assert list(rows) == ["", "random@0=0", *(f"{method}@10:0.5" for method in methods)]
+    module = {"llava": model_llava, "qwen": model_qwen}[name]
+    model = module.load(ROOT / "tiny" / name)
+    question = load_benchmark("mme", ROOT / "tiny")[0]
+    stream = model.begin(evaluation.read_image(question.image), question.prompt)
+    N, T, text = stream.visual[1], stream.x.shape[1], model.config.text
+    for spec, row in rows.items():
+        alive = visual_tokens(parse_schedule(spec), N, model.num_layers)
+        assert row["cache_bytes"] == sum(T - N + n for n in alive) * 2 * text.num_key_value_heads * text.head_dim * 4, spec
+        assert all(row[part]["low"] <= row[part]["median"] <= row[part]["high"] for part in ("tower_ms", "prefill_ms", "decode_ms"))
+        assert row["gflops"] > 0 and 0 < row["share_of_peak"] < 2 and row["select_ms"] >= 0 and row["tokens_per_second"] > 0
+    assert printed.count("\n| ") == 1 + len(rows)
+
+
+def test_the_benchmark_script_runs_every_part_on_tiny_shapes(capsys, tmp_path):
+    """All but the comparison with transformers, which no test may need."""
+    result = bench.main(["--smoke", "--parts", "pruning,sweep,information,loading,growth,cuda", "--plot", str(tmp_path / "growth.png")])
+    what = [line["what"] for line in result["found"]]
+    assert len(what) == len(set(what)) and (tmp_path / "growth.png").exists()
+    assert {"sweep: share of answers that are the same", "information: largest difference from the naive loop"}.isdisjoint(result["missed"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result

@@ -1,0 +1,413 @@
+"""Speed as ratios, measured side by side in one run on the machine that the first line names.
+
+    python tests/bench.py                             every part, about an hour on two cores; --parts picks some
+    python tests/bench.py --parts transformers        against transformers 5.23, which has to be installed for this part alone
+    python tests/bench.py --smoke                     every part but that on tiny shapes, for what runs, not for how fast
+
+Checkpoints of LLaVA-1.5-7B and Qwen2.5-VL-7B width, cut to --layers, are made up in the temporary folder. On a CUDA device, if
+there is one (--device cpu: not on it). Each bar is aim or promise; what misses one is marked. The last line is JSON.
+"""
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import eval as evaluation  # noqa: E402
+import model_llava  # noqa: E402
+import model_qwen  # noqa: E402
+import tokprune  # noqa: E402
+from benchmarks import load_benchmark  # noqa: E402
+from published import HUB_7B  # noqa: E402
+
+MODULES = {"llava": model_llava, "qwen": model_qwen}
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (672, 672, 3), dtype=np.uint8))       # 576 visual tokens in both
+QUESTION = "What is written on the sign above the door, and which of the two people in front of it is looking at the other one?"
+ROUNDS = 10
+METHODS = [method for method in tokprune.METHODS if method not in tokprune.ORACLES]
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------
+
+def write_checkpoint(folder: Path, kind: str, layers: int, small: bool) -> int:
+    """A model of 7B width with random bfloat16 weights, in shards under transformers' names -> bytes."""
+    if kind == "llava":
+        text = {"model_type": "llama", "num_hidden_layers": layers, "vocab_size": 32064, "rms_norm_eps": 1e-5}
+        vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "patch_size": 14,
+                  "num_attention_heads": 16, "num_hidden_layers": 24, "projection_dim": 768, "vocab_size": 32000}
+        if small:
+            text |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+            vision |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 3, "image_size": 112}
+        config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": 300,
+                  "text_config": text, "vision_config": vision, "vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+    else:
+        config = HUB_7B | {"num_hidden_layers": layers, "vocab_size": 32064, "image_token_id": 306,
+                           "architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+        if small:
+            config |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+                       "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+                       "vision_config": HUB_7B["vision_config"] | {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4,
+                                                                   "out_hidden_size": 64, "fullatt_block_indexes": [1]}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(ROOT / "tests" / "golden" / f"{kind}_tied" / "tokenizer.json", folder)
+    read, cls = MODULES[kind].read_config(folder), model_llava.Llava if kind == "llava" else model_qwen.Qwen
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in cls(read, None, {2}).named_parameters()}
+    pattern, weight_map, part, size = (torch.randn(2 ** 20) * 0.02).bfloat16(), {}, {}, 0
+
+    def save():
+        name = f"model-{len(list(folder.glob('*.safetensors')))}.safetensors"
+        save_file(part, folder / name)
+        weight_map.update(dict.fromkeys(part, name))
+        part.clear()
+    for name, shape in shapes.items():
+        there = name if name == "lm_head.weight" else "model." + (name.replace("model.", "language_model.", 1) if kind == "qwen" and
+                                                                  name.startswith("model.") else name)
+        n = shape.numel()
+        values = torch.ones(n, dtype=torch.bfloat16) if "norm" in name and name.endswith("weight") else pattern.repeat(-(-n // len(pattern)))[:n]
+        part[there] = values.view(shape)
+        size += 2 * n
+        if sum(t.numel() for t in part.values()) > 2 ** 30:
+            save()
+    save()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return size
+
+
+# ---- timing -----------------------------------------------------------------------------------------------------
+
+def in_turns(calls: dict, rounds: int) -> dict[str, dict]:
+    """Milliseconds of each call, which take turns, after a round that warms up."""
+    spent = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = evaluation.now()
+            call()
+            spent[name].append(evaluation.now() - start)
+    return {name: evaluation.spread(ms[1:]) for name, ms in spent.items()}
+
+
+def extra_memory(call, device) -> int:
+    """Bytes that a call needs at its peak above what is there before it."""
+    call()
+    evaluation.forget_peak(device)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else evaluation.peak_memory(device)
+    call()
+    return evaluation.peak_memory(device) - before
+
+
+class Report:
+    """The lines of a table as they come, and the bars that were missed."""
+    def __init__(self):
+        self.found, self.missed = [], []
+
+    def say(self, what: str, value: float, bar: float | None = None, at_most: bool = False, note: str = ""):
+        held = bar is None or (value <= bar if at_most else value >= bar)
+        want = "" if bar is None else f"want {'at most' if at_most else 'at least'} {bar:g}: " + ("held" if held else "MISSED")
+        self.found.append({"what": what, "value": value, "bar": bar, "held": held, "note": note})
+        self.missed += [] if held else [what]
+        print(f"| {what} | {value:.3g} | {want} | {note} |", flush=True)
+
+
+def milliseconds(*spans) -> str:
+    return " against ".join(f"{span['median']:.1f} ms [{span['low']:.1f}, {span['high']:.1f}]" for span in spans)
+
+
+# ---- parts ------------------------------------------------------------------------------------------------------
+
+def part_transformers(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
+    """1. Prefill, decode and vision tower of the unpruned model against transformers: same weights, prompt, dtype, batch 1, sdpa."""
+    import transformers
+    for kind, name in (("llava", "LlavaForConditionalGeneration"), ("qwen", "Qwen2_5_VLForConditionalGeneration")):
+        path = folder / kind
+        write_checkpoint(path, kind, layers, small)
+        for dtype in (torch.float32, torch.bfloat16):
+            ours = MODULES[kind].load(path, device, dtype)
+            theirs = getattr(transformers, name).from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+            compare(report, f"{kind}, {str(dtype)[6:]}", kind, ours, theirs, device, rounds)
+            del ours, theirs
+
+
+@torch.inference_mode()
+def compare(report, label, kind, ours, theirs, device, rounds):
+    pixels = ours.preprocess(IMAGE)
+    stream = ours.begin(pixels, QUESTION)
+    text, dtype = theirs.model.language_model, stream.x.dtype
+    positions = stream.pos if kind == "llava" else stream.pos                       # (1, T), or (3, 1, T)
+
+    def our_tower():
+        if kind == "llava":
+            return ours.multi_modal_projector(ours.vision_tower(pixels[None].to(device, dtype))[0])
+        return ours.visual(pixels[0][None].to(device, dtype), pixels[1])[0]
+
+    def their_tower():
+        if kind == "llava":
+            return theirs.model.get_image_features(pixel_values=pixels[None].to(device, dtype), vision_feature_layer=-2)
+        return theirs.model.visual(pixels[0].to(device, dtype), grid_thw=torch.tensor([[1, *pixels[1]]], device=device))
+
+    def their_prefill():
+        out = text(inputs_embeds=stream.x, position_ids=positions, use_cache=True)
+        return theirs.lm_head(out.last_hidden_state[:, -1]), out.past_key_values
+    full, token = ours.run(stream), stream.ids[-1:][None]
+    past = their_prefill()[1]
+    at = torch.full((1, 1) if kind == "llava" else (3, 1, 1), stream.next_pos, device=device)
+    difference = (ours.logits(full) - their_prefill()[0].float()).abs().max().item()
+
+    def our_step():
+        return ours.logits(ours.run(ours.append(full, token)))
+
+    def their_step():
+        out = text(inputs_embeds=text.embed_tokens(token), position_ids=at, past_key_values=past, use_cache=True)
+        past.crop(stream.x.shape[1])                    # the same length every time
+        return theirs.lm_head(out.last_hidden_state[:, -1])
+    bars = {"tower": 1.05, "prefill": 1.0, "decode step": 1.3 if device.type == "cuda" else 1.0}
+    calls = {"tower": (our_tower, their_tower), "prefill": (lambda: ours.logits(ours.run(stream)), their_prefill), "decode step": (our_step, their_step)}
+    for name, (one, other) in calls.items():
+        spent = in_turns({"ours": one, "theirs": other}, rounds)
+        report.say(f"{label}: {name}, times faster than transformers", spent["theirs"]["median"] / spent["ours"]["median"], bars[name],
+                   note=milliseconds(spent["ours"], spent["theirs"]))
+    memory = extra_memory(calls["prefill"][0], device) / max(extra_memory(calls["prefill"][1], device), 1)
+    report.say(f"{label}: peak memory of prefill, share of transformers'", memory, 1.0, at_most=True, note=f"logits differ by {difference:.1e}")
+
+
+def part_pruning(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
+    """2. The speed-up of prefill against the FLOPs ratio, at layer 2, and what the selection itself costs of an unpruned prefill."""
+    path = folder / "llava"
+    write_checkpoint(path, "llava", layers, small)
+    model = model_llava.load(path, device, torch.bfloat16)
+    stream = model.begin(IMAGE, QUESTION)
+    N, T = stream.visual[1], stream.x.shape[1]
+    at = model.run(stream, stop=2)
+    full = None
+    for ratio in (0.5, 0.75, 0.9):
+        schedules = {method: ((2, method, ratio),) for method in METHODS}
+        spent = evaluation.time_prefill(model, stream, {"": ()} | schedules, "keep", rounds)
+        full = spent.pop("")
+        work = [tokprune.flops(model.config.text, [T - N + n for n in tokprune.visual_tokens(s, N, layers)]) for s in ((), schedules["random"])]
+        for method, ms in spent.items():
+            report.say(f"{method}, {ratio:.0%} pruned at layer 2 of {layers}: speed-up of prefill, share of the FLOPs ratio {work[0] / work[1]:.2f}",
+                       full["median"] / ms["median"] / (work[0] / work[1]), 0.85, note=milliseconds(ms, full))
+    bars = {"random": 0.02, "fastv": 0.02, "dart": 0.05, "scope": 0.05, "divprune": 0.05, "sparsevlm": 0.10}
+    scale = 32 / layers                                 # of a whole model's prefill, at full depth
+    for method in METHODS:
+        select = evaluation.time_calls(lambda: tokprune.prune(model, at, method, N // 2), rounds)
+        report.say(f"{method}: selecting {N // 2} of {N}, share of an unpruned prefill of 32 layers", select["median"] / (full["median"] * scale),
+                   bars[method], at_most=True, note=milliseconds(select))
+
+
+def part_sweep(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
+    """3. All layers, all methods, 90 % on the built-in model: one pass a question against every cell on its own, same answers."""
+    args = evaluation.parse_arguments(["--layer", "0,20" if small else "all", "--ratio", "0.9", "--seeds", "1"])
+    model = model_llava.load(ROOT / "tiny" / "llava", device, torch.float32)
+    cells = evaluation.parse_cells(args, model.num_layers)
+    few = [cell for cell in cells if not cell.schedule or cell.schedule[0][0] == 20]
+    questions = [q for name in ("mme", "textvqa") for q in load_benchmark(name, ROOT / "tiny")[:1 if small else 4]]
+    together, alone, same = 0.0, 0.0, True
+    for question in questions:
+        image = evaluation.read_image(question.image)
+        evaluation.answer_cells(model, question, image, few, args)                  # warms up
+        start = evaluation.now()
+        answers = evaluation.answer_cells(model, question, image, cells, args)["answers"]
+        together += evaluation.now() - start
+        start = evaluation.now()
+        for cell in cells:
+            same &= evaluation.answer_cells(model, question, image, [cell], args)["answers"][cell.key] == answers[cell.key]
+        alone += evaluation.now() - start
+    report.say(f"sweep of {len(cells)} cells, times faster than each on its own", alone / together, 5, note=f"{together / 1000:.1f} s against {alone / 1000:.1f} s")
+    report.say("sweep: share of answers that are the same", float(same), 1)
+    memory = [extra_memory(lambda: evaluation.answer_cells(model, questions[0], evaluation.read_image(questions[0].image), part, args), device)
+              for part in (few, cells)]
+    report.say(f"sweep: peak memory of {len(cells)} cells above that of {len(few)}, MiB", (memory[1] - memory[0]) / 2 ** 20,
+               note="of one question, beside the weights")
+
+
+def part_information(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
+    """4. All layers of keep-one: FLOPs against the official procedure at LLaVA-1.5-7B's shape, time against the naive loop."""
+    text = model_llava.TextConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+                                  vocab_size=32064)
+    ours, official = tokprune.information_flops(text, (35, 30), (24, 24), list(range(1, 32)))
+    report.say("information of 31 layers at LLaVA-1.5-7B's shape: times fewer FLOPs than the official procedure", official / ours, 20)
+    model = model_llava.load(ROOT / "tiny" / "llava", device, torch.float32)
+    question = load_benchmark("textvqa", ROOT / "tiny")[0]
+    stream, wanted = model.begin(evaluation.read_image(question.image), question.prompt), [1, 20] if small else list(range(1, model.num_layers))
+    y = model.answer_ids(question.gold)[0]
+
+    def naive():
+        found = []
+        for layer in wanted:
+            for kept in [torch.zeros(0, dtype=torch.long), *tokprune.windows_of(stream.grid, 2)]:
+                s = model.run(tokprune.keep(model.run(stream, stop=layer), kept))
+                found.append(model.logits(s).softmax(-1)[0, y])
+        return torch.stack(found).view(len(wanted), -1)
+    spent = in_turns({"ours": lambda: tokprune.token_information(model, stream, question.gold, wanted), "naive": naive}, min(rounds, 3))
+    report.say("information on the built-in model: times faster than the naive loop", spent["naive"]["median"] / spent["ours"]["median"], 10,
+               note=milliseconds(spent["ours"], spent["naive"]))
+    values = naive()
+    gap = (tokprune.token_information(model, stream, question.gold, wanted).flatten(1) - (values[:, 1:] - values[:, :1]).cpu()).abs().max().item()
+    report.say("information: largest difference from the naive loop", gap, 1e-5, at_most=True)
+
+
+CHILD = """
+import re, sys, time, torch, model_llava
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before, start = peak(), time.time()
+model = model_llava.load(sys.argv[1], "cpu", getattr(torch, sys.argv[2]))
+for p in model.parameters():
+    p.view(-1)[::512].sum()
+print(peak() - before, time.time() - start)
+if len(sys.argv) > 3:
+    from PIL import Image
+    start = time.time()
+    model.answer(Image.new("RGB", (640, 480), "red"), "What is this?", max_new_tokens=4)
+    print(time.time() - start)
+"""
+
+
+def part_loading(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
+    """6. A whole made-up LLaVA-1.5-7B: memory and time of loading it on the CPU, against reading its files; one question answered."""
+    path = folder / "whole"
+    size = write_checkpoint(path, "llava", 2 if small else 32, small)
+
+    def read():
+        start, buffer = time.time(), bytearray(2 ** 24)
+        for shard in path.glob("*.safetensors"):
+            with shard.open("rb", buffering=0) as f:
+                while f.readinto(buffer):
+                    pass
+        return time.time() - start
+    read()                                              # both find the files in the page cache
+    reading = read()
+    lines = subprocess.check_output([sys.executable, "-c", CHILD, path, "bfloat16", "answer"], cwd=ROOT, text=True).split()
+    report.say(f"loading {size / 1e9:.1f} GB: peak memory, share of the checkpoint", int(lines[0]) / size, 1.1, at_most=True)
+    report.say("loading and touching every page, times as long as reading the files", float(lines[1]) / reading, 1.3, at_most=True,
+               note=f"{float(lines[1]):.1f} s against {reading:.1f} s, in the page cache")
+    report.say("one question answered end to end in bfloat16 on the CPU, s", float(lines[2]))
+
+
+def part_growth(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
+    """7. Prefill time and memory against visual tokens and layers, whole and with 90 % pruned at layer 2; selections up to 2,048."""
+    path, points = folder / "qwen", []
+    write_checkpoint(path, "qwen", layers, small)
+    model = model_qwen.load(path, device, torch.bfloat16, max_pixels=4096 * 784)
+    for side in (8, 16) if small else (8, 16, 24, 32, 45, 64):
+        stream = model.begin(IMAGE.resize((28 * side, 28 * side)), QUESTION)
+        spent = evaluation.time_prefill(model, stream, {"full": (), "pruned": ((2, "random", 0.9),)}, "keep", min(rounds, 3))
+        memory = [extra_memory(lambda: tokprune.prefill(model, stream, s), device) / 2 ** 20 for s in ([], [(2, "random", 0.9)])]
+        points.append((side * side, spent["full"]["median"], spent["pruned"]["median"]))
+        for i, name in enumerate(("full", "pruned")):
+            report.say(f"{side * side} visual tokens, {layers} layers, {name}: prefill ms", spent[name]["median"], note=f"{memory[i]:.0f} MiB at the peak")
+        if side * side <= 2048:
+            at = model.run(stream, stop=2)
+            for method in METHODS:
+                select = evaluation.time_calls(lambda: tokprune.prune(model, at, method, side * side // 10), min(rounds, 3))
+                report.say(f"{side * side} visual tokens: {method}, ms to keep a tenth", select["median"])
+    stream = model.begin(IMAGE, QUESTION)
+    for stop in range(1, layers + 1):
+        ms = evaluation.time_calls(lambda: model.run(stream, stop=stop), min(rounds, 3))
+        report.say(f"{stream.visual[1]} visual tokens, {stop} layers: ms", ms["median"])
+    draw(points, Path(report.plot))
+
+
+def draw(points: list[tuple[int, float, float]], path: Path):
+    """Prefill ms against visual tokens, both logarithmic: grey whole, red pruned."""
+    picture = Image.new("RGB", (620, 400), "white")
+    pen = ImageDraw.Draw(picture)
+    x = np.log([tokens for tokens, _, _ in points])
+    y = np.log([both for _, *both in points])
+
+    def place(i, j):
+        return 60 + 500 * (x[i] - x.min()) / max(np.ptp(x), 1e-9), 350 - 310 * (y[i, j] - y.min()) / max(np.ptp(y), 1e-9)
+    for j, (name, ink) in enumerate((("whole", "#7f7f7f"), ("90 % pruned at layer 2", "#d62728"))):
+        pen.line([place(i, j) for i in range(len(points))], ink, 2)
+        for i, point in enumerate(points):
+            px, py = place(i, j)
+            pen.ellipse((px - 3, py - 3, px + 3, py + 3), ink)
+            pen.text((px, py - 14), f"{point[1 + j]:.0f}", ink, anchor="mm")
+        pen.text((70, 20 + 16 * j), f"{name}, prefill ms", ink)
+    for i, (tokens, *_) in enumerate(points):
+        pen.text((place(i, 0)[0], 372), f"{tokens}", "black", anchor="mm")
+    pen.text((310, 390), "visual tokens", "black", anchor="mm")
+    picture.save(path)
+
+
+def part_cuda(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
+    """8. Whole models on a CUDA device: shares of its measured matrix rate and bandwidth, each method at layers 2 and 20, a run end to end."""
+    if device.type != "cuda" and not small:
+        print("| on CUDA | not measured | no CUDA device | |")
+        return
+    for kind in MODULES:
+        path, depth = folder / f"{kind}-whole", layers if small else {"llava": 32, "qwen": 28}[kind]
+        write_checkpoint(path, kind, depth, small)
+        model = MODULES[kind].load(path, device, torch.bfloat16)
+        weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "vis" not in n and "embed" not in n)
+        a = torch.empty(2 ** 24 if small else 2 ** 31, dtype=torch.uint8, device=device)
+        bandwidth = 2 * len(a) / evaluation.time_calls(a.clone, rounds)["low"] * 1000
+        deep = [layer for layer in (2, 20) if layer < depth]
+        args = evaluation.parse_arguments(["--layer", ",".join(map(str, deep)), "--ratio", "0.9", "--seeds", "1"])
+        cells = [cell for cell in evaluation.parse_cells(args, depth)]
+        rows = evaluation.measure_speed(model, IMAGE, QUESTION, cells, args, rounds)
+        for row in rows:
+            name = f"{kind}, {row['schedule'] or 'unpruned'}"
+            full = row is rows[0]
+            report.say(f"{name}: prefill, share of the matrix rate", row["share_of_peak"], 0.55 if full and not small else None,
+                       note=milliseconds(row["prefill_ms"]) + f", peak {(row['peak_bytes'] or 0) / 2 ** 30:.1f} GiB")
+            report.say(f"{name}: decode, share of the bandwidth", weights / bandwidth / row["decode_ms"]["median"] * 1000,
+                       0.60 if full and not small else None, note=milliseconds(row["decode_ms"]) + " a token")
+        start = evaluation.now()
+        for question in (questions := load_benchmark("mme", ROOT / "tiny")[:4 if small else 40]):
+            model.answer(evaluation.read_image(question.image), question.prompt, max_new_tokens=4)
+        report.say(f"{kind}: questions per second, MME-shaped, images read too", 1000 * len(questions) / (evaluation.now() - start))
+        start, stream = evaluation.now(), model.begin(IMAGE, QUESTION)
+        tokprune.token_information(model, stream, "Yes", list(range(1, depth)))
+        report.say(f"{kind}: information of all layers of one question, s", (evaluation.now() - start) / 1000)
+        del model
+
+
+PARTS = {name[5:]: part for name, part in globals().copy().items() if name.startswith("part_")}
+
+
+def main(argv: list[str]) -> dict:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--parts", help=f"comma-separated, of {', '.join(PARTS)} (default: all that can run)")
+    p.add_argument("--layers", type=int, default=4, help="decoder layers of the cut models (default: 4)")
+    p.add_argument("--rounds", type=int, default=ROUNDS, help=f"timed rounds, after one that warms up (default: {ROUNDS})")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--plot", default="growth.png", help="picture of part growth (default: growth.png)")
+    p.add_argument("--smoke", action="store_true", help="tiny shapes, one round")
+    args = p.parse_args(argv)
+    parts = args.parts.split(",") if args.parts else [name for name in PARTS if not (args.smoke and name == "transformers")]
+    if unknown := set(parts) - set(PARTS):
+        p.error(f"--parts: unknown {', '.join(unknown)}; want some of {', '.join(PARTS)}")
+    device, report = torch.device(args.device), Report()
+    report.plot = args.plot
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}; median of "
+          f"{1 if args.smoke else args.rounds} rounds [lowest, highest]\n\n| what | value | bar | note |\n|---|---:|---|---|")
+    for part in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            PARTS[part](report, Path(folder), device, 3 if args.smoke else args.layers, 1 if args.smoke else args.rounds, args.smoke)
+    result = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "missed": report.missed, "found": report.found}
+    print("\n" + json.dumps(result))
+    return result
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
