@@ -737,8 +737,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if args.score and (args.image or args.layer or args.method or args.ratio or args.schedule or args.budget or args.information
                        or args.speed or args.limit or args.out or args.plot):
         raise InputError("--score: takes --data and --bench alone; no model runs")
-    if args.speed and (args.information or args.budget or "horizon" in (args.layer or "")):
-        raise InputError("--speed: takes --method, --layer, --ratio or --schedule, and no --information, --budget or horizon")
+    if args.speed and (args.information or args.budget):
+        raise InputError("--speed: takes --method, --layer, --ratio or --schedule, and no --information or --budget")
     args.bench = args.bench.split(",")
     if len({Path(name).name for name in args.bench}) < len(args.bench):
         raise InputError(f"--bench: {', '.join(args.bench)}: two of one name; want each once")
@@ -755,8 +755,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if args.information and (args.schedule or args.method or args.ratio or args.image or args.horizon or args.budget):
         raise InputError("--information: takes --layer as numbers or all, and no --method, --ratio, --schedule, --budget or "
                          "--image")
-    if args.horizon and args.image:
-        raise InputError("--layer horizon: is measured on a benchmark; want a number with --image")
     if bool(args.image) != bool(args.question):
         raise InputError("--image and --question go together")
     if args.plot and (args.image or args.schedule or args.budget or args.plot.suffix != ".png" or not args.plot.parent.is_dir()):
@@ -953,7 +951,7 @@ def main(argv: list[str]) -> int:
         return 0
     num_layers, module, load = load_model(args)
     parse_cells(args, num_layers, num_layers - 1)       # wrong flags are named before anything is loaded
-    data = {} if args.image else {Path(name).name: load_benchmark(name, args.data, args.prompt_style) for name in args.bench}
+    data = {} if args.image and not args.horizon else {Path(name).name: load_benchmark(name, args.data, args.prompt_style) for name in args.bench}
     image = read_image(args.image) if args.image else None
     model = load()
     weight = next(model.parameters())
@@ -964,12 +962,15 @@ def main(argv: list[str]) -> int:
                 **{bound: getattr(model.config, bound, None) for bound in ("min_pixels", "max_pixels")},
                 **fingerprint(args, data)}
     out = open_folder(args, argv, settings)
-    if args.speed:
-        image = image or read_image(next(iter(data.values()))[0].image)
-        prompt = args.question or next(iter(data.values()))[0].prompt
-        report = report_speed(model, image, prompt, parse_cells(args, num_layers), args)
-    elif image:
-        report = {"question": args.question, "answers": show_image(model, image, args, parse_cells(args, num_layers), out)}
+    if image or args.speed:                             # one question; a horizon is that of the first benchmark
+        at = calibrate(model, *next(iter(data.items())), args, out)[0] if args.horizon else 0
+        cells = parse_cells(args, num_layers, at)
+        first = None if image else next(iter(data.values()))[0]
+        image, prompt = (read_image(first.image), first.prompt) if first else (image, args.question)
+        if args.speed:
+            report = report_speed(model, image, prompt, cells, args)
+        else:
+            report = {"question": prompt, "answers": show_image(model, image, args, cells, out)}
     elif args.information:
         report = report_information(model, data, module.PROMPT, args, out)
     else:

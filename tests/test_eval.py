@@ -309,6 +309,14 @@ def test_layer_horizon_prunes_at_the_measured_one_and_scores_other_questions(cap
     assert other["benchmarks"]["mme"][2]["schedule"] == f"divprune@0=9 random@{report['horizon']['mme']}=0"
 
 
+def test_one_picture_is_pruned_at_the_horizon_of_the_first_benchmark(capsys, tmp_path):
+    picture = next(iter(sorted((TINY / "textvqa" / "train_images").glob("*.jpg"))))
+    printed, report = run(capsys, "--image", picture, "--question", "Is there a star?", "--layer", "horizon", "--method", "random",
+                          "--bench", "mme", "--calibrate", 10, "--out", tmp_path)
+    at = re.search(r"mme: horizon at layer (\d+), measured on 10 questions", printed)[1]
+    assert f"random@{at}:0.9 seed 0" in report["answers"]
+
+
 def test_the_first_of_several_schedules_is_compared_with_the_others(capsys, tmp_path):
     printed, report = run(capsys, "--schedule", "divprune@2=20", "--schedule", "divprune@2=29 random@16=0", "--limit", 6, "--out", tmp_path)
     for benchmark in BENCHMARKS:
@@ -372,7 +380,7 @@ def truncated(tmp_path):
     ("--image nowhere.png --question x", "nowhere.png"), ("--image README.md --question x", "cannot be read as an image"),
     ("--image TRUNCATED --question x", "half.jpg: cannot be read as an image"), ("--question x", "--image and --question go together"),
     ("--information --ratio 0.5", "--information: takes --layer"), ("--information both", "--information"),
-    ("--information --layer 1,99", "layer 99 is out of range"), ("--layer horizon --image tiny/layers.png --question x", "--layer horizon"),
+    ("--information --layer 1,99", "layer 99 is out of range"),
     ("--layer horizon --calibrate 5000", "--calibrate: 5000"), ("--tolerance 2", "--tolerance: 2"), ("--window 0", "--window: 0"),
     ("--budget 1/0", "--budget 1/0"), ("--budget 2", "--budget 2: want more than 0"), ("--budget 1/3 --ratio 0.5", "--budget: takes"),
     ("--budget 1/3 --layer 2,3", "--budget: takes"), ("--budget 1/3 --method magic", "unknown method"), ("--budget 1/3 --layer 24", "out of range"),
