@@ -651,9 +651,9 @@ def difference(values) -> str:
     return "-" if values is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(value + 0.0 for value in values))   # -0.0 is 0
 
 
-def show_image(model, image: Image.Image, args, cells: list[Cell], out: Path) -> dict:
+def show_image(model, image: Image.Image, prompt: str, cells: list[Cell], args, out: Path) -> dict:
     """One picture, one question: the answer with and without each pruning, and an overlay of what was kept."""
-    stream = model.begin(image, args.question)
+    stream = model.begin(image, prompt)
     answers, panels = {}, []
     for cell in cells:
         s = prefill(model, stream, cell.schedule, cell.seed, args.positions)
@@ -724,6 +724,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--image", type=Path, help="one picture instead of the benchmarks; with --question")
     p.add_argument("--question", help="what to ask about --image")
     args = p.parse_args(argv)
+    args.bench = args.bench.split(",")
+    args.horizon = any("horizon" in text for text in (args.layer or ("horizon" if args.budget else ""), *(args.schedule or [])))
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args):
+    """What can be said of the flags without the model. Raises InputError."""
     for flag, low in (("limit", 1), ("seed", 0), ("seeds", 1), ("max_new_tokens", 1), ("min_pixels", 1), ("max_pixels", 1),
                       ("window", 1), ("max_batch_tokens", 1), ("calibrate", 1), ("workers", 1)):
         value = getattr(args, flag)
@@ -739,7 +747,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise InputError("--score: takes --data and --bench alone; no model runs")
     if args.speed and (args.information or args.budget):
         raise InputError("--speed: takes --method, --layer, --ratio or --schedule, and no --information or --budget")
-    args.bench = args.bench.split(",")
     if len({Path(name).name for name in args.bench}) < len(args.bench):
         raise InputError(f"--bench: {', '.join(args.bench)}: two of one name; want each once")
     for benchmark in args.bench:
@@ -751,7 +758,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise InputError("--budget: takes --method and --layer, one or horizon, and no --ratio, --schedule or --image")
     if not 0 <= args.tolerance < 1:
         raise InputError(f"--tolerance: {args.tolerance}, want 0 to below 1, a share of the score")
-    args.horizon = any("horizon" in text for text in (args.layer or ("horizon" if args.budget else ""), *(args.schedule or [])))
     if args.information and (args.schedule or args.method or args.ratio or args.image or args.horizon or args.budget):
         raise InputError("--information: takes --layer as numbers or all, and no --method, --ratio, --schedule, --budget or "
                          "--image")
@@ -759,7 +765,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise InputError("--image and --question go together")
     if args.plot and (args.image or args.schedule or args.budget or args.plot.suffix != ".png" or not args.plot.parent.is_dir()):
         raise InputError(f"--plot {args.plot}: want a .png in a folder that exists, without --schedule, --budget or --image")
-    return args
 
 
 def parse_cells(args, num_layers: int, at: int = 0, N: int = 576) -> list[Cell]:
@@ -941,18 +946,21 @@ def open_folder(args, argv: list[str], settings: dict) -> Path:
     return out
 
 
+def load_data(args) -> dict[str, list[Question]]:
+    return {Path(name).name: load_benchmark(name, args.data, args.prompt_style) for name in args.bench}
+
+
 def main(argv: list[str]) -> int:
     """-> how many answers failed for want of memory."""
     args = parse_arguments(argv)
+    command = {"command": shlex.join(["eval.py", *argv])}
     if args.score:
-        data = {Path(name).name: load_benchmark(name, args.data, args.prompt_style) for name in args.bench}
-        report = {"command": shlex.join(["eval.py", *argv]), "benchmarks": report_given(args.score, data, paths_under(args.data))}
-        print(json.dumps(report))
+        print(json.dumps(command | {"benchmarks": report_given(args.score, load_data(args), paths_under(args.data))}))
         return 0
     num_layers, module, load = load_model(args)
     parse_cells(args, num_layers, num_layers - 1)       # wrong flags are named before anything is loaded
-    data = {} if args.image and not args.horizon else {Path(name).name: load_benchmark(name, args.data, args.prompt_style) for name in args.bench}
     image = read_image(args.image) if args.image else None
+    data = load_data(args) if args.horizon or not image else {}
     model = load()
     weight = next(model.parameters())
     flags = ("layer", "ratio", "method", "schedule", "budget", "seed", "seeds", "limit", "positions", "max_new_tokens",
@@ -962,24 +970,29 @@ def main(argv: list[str]) -> int:
                 **{bound: getattr(model.config, bound, None) for bound in ("min_pixels", "max_pixels")},
                 **fingerprint(args, data)}
     out = open_folder(args, argv, settings)
-    if image or args.speed:                             # one question; a horizon is that of the first benchmark
-        at = calibrate(model, *next(iter(data.items())), args, out)[0] if args.horizon else 0
-        cells = parse_cells(args, num_layers, at)
-        first = None if image else next(iter(data.values()))[0]
-        image, prompt = (read_image(first.image), first.prompt) if first else (image, args.question)
-        if args.speed:
-            report = report_speed(model, image, prompt, cells, args)
-        else:
-            report = {"question": prompt, "answers": show_image(model, image, args, cells, out)}
+    if image or args.speed:
+        report = report_one(model, image, data, args, out)
     elif args.information:
         report = report_information(model, data, module.PROMPT, args, out)
     else:
         report = report_scores(model, data, module.PROMPT, args, out)
     if RANK == 0:
-        report = {"command": shlex.join(["eval.py", *argv]), **settings, **provenance(args, model, data), **report}
+        report = command | settings | provenance(args, model, data) | report
         write(out / "result.json", json.dumps(report, indent=1) + "\n")
         print(json.dumps(report))
     return report.get("failed", 0)
+
+
+def report_one(model, image: Image.Image | None, data: dict, args, out: Path) -> dict:
+    """Answers to --question about --image, or the speed on it or on the first question; a horizon is the first benchmark's."""
+    at = calibrate(model, *next(iter(data.items())), args, out)[0] if args.horizon else 0
+    cells, prompt = parse_cells(args, model.num_layers, at), args.question
+    if image is None:
+        question = next(iter(data.values()))[0]
+        image, prompt = read_image(question.image), question.prompt
+    if args.speed:
+        return report_speed(model, image, prompt, cells, args)
+    return {"question": prompt, "answers": show_image(model, image, prompt, cells, args, out)}
 
 
 def report_scores(model, data: dict, template: str, args, out: Path) -> dict:

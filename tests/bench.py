@@ -10,6 +10,7 @@ there is one (--device cpu: not on it). Each bar is aim or promise; what misses 
 import argparse
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -32,8 +33,8 @@ from benchmarks import load_benchmark  # noqa: E402
 from published import HUB_7B  # noqa: E402
 
 MODULES = {"llava": model_llava, "qwen": model_qwen}
-IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (672, 672, 3), dtype=np.uint8))       # 576 visual tokens in both
-QUESTION = "What is written on the sign above the door, and which of the two people in front of it is looking at the other one?"
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (672, 672, 3), dtype=np.uint8))   # 576 visual tokens in both
+QUESTION = "What is written on the sign above the door, and which of the two people in front of it looks at the other one?"
 ROUNDS = 10
 METHODS = [method for method in tokprune.METHODS if method not in tokprune.ORACLES]
 
@@ -44,21 +45,25 @@ def write_checkpoint(folder: Path, kind: str, layers: int, small: bool) -> int:
     """A model of 7B width with random bfloat16 weights, in shards under transformers' names -> bytes."""
     if kind == "llava":
         text = {"model_type": "llama", "num_hidden_layers": layers, "vocab_size": 32064, "rms_norm_eps": 1e-5}
-        vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "patch_size": 14,
-                  "num_attention_heads": 16, "num_hidden_layers": 24, "projection_dim": 768, "vocab_size": 32000}
+        vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+                  "patch_size": 14, "num_attention_heads": 16, "num_hidden_layers": 24, "projection_dim": 768,
+                  "vocab_size": 32000}
         if small:
             text |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-            vision |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 3, "image_size": 112}
+            vision |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 3,
+                       "image_size": 112}
         config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": 300,
-                  "text_config": text, "vision_config": vision, "vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+                  "text_config": text, "vision_config": vision, "vision_feature_layer": -2,
+                  "vision_feature_select_strategy": "default"}
     else:
         config = HUB_7B | {"num_hidden_layers": layers, "vocab_size": 32064, "image_token_id": 306,
                            "architectures": ["Qwen2_5_VLForConditionalGeneration"]}
         if small:
             config |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
                        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-                       "vision_config": HUB_7B["vision_config"] | {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4,
-                                                                   "out_hidden_size": 64, "fullatt_block_indexes": [1]}}
+                       "vision_config": HUB_7B["vision_config"] | {
+                           "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64,
+                           "fullatt_block_indexes": [1]}}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(ROOT / "tests" / "golden" / f"{kind}_tied" / "tokenizer.json", folder)
@@ -73,16 +78,15 @@ def write_checkpoint(folder: Path, kind: str, layers: int, small: bool) -> int:
         weight_map.update(dict.fromkeys(part, name))
         part.clear()
     for name, shape in shapes.items():
-        there = name if name == "lm_head.weight" else "model." + (name.replace("model.", "language_model.", 1) if kind == "qwen" and
-                                                                  name.startswith("model.") else name)
-        n = shape.numel()
-        values = torch.ones(n, dtype=torch.bfloat16) if "norm" in name and name.endswith("weight") else pattern.repeat(-(-n // len(pattern)))[:n]
+        there = re.sub(r"^(?!lm_head)", "model.", re.sub(r"^model\.", "language_model.", name))
+        n, is_norm = shape.numel(), "norm" in name and name.endswith("weight")
+        values = torch.ones(n, dtype=torch.bfloat16) if is_norm else pattern.repeat(-(-n // len(pattern)))[:n]
         part[there] = values.view(shape)
         size += 2 * n
         if sum(t.numel() for t in part.values()) > 2 ** 30:
             save()
     save()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
     return size
 
 
@@ -110,8 +114,8 @@ def extra_memory(call, device) -> int:
 
 class Report:
     """The lines of a table as they come, and the bars that were missed."""
-    def __init__(self):
-        self.found, self.missed = [], []
+    def __init__(self, plot: str):
+        self.found, self.missed, self.plot = [], [], plot
 
     def say(self, what: str, value: float, bar: float | None = None, at_most: bool = False, note: str = ""):
         held = bar is None or (value <= bar if at_most else value >= bar)
@@ -128,7 +132,7 @@ def milliseconds(*spans) -> str:
 # ---- parts ------------------------------------------------------------------------------------------------------
 
 def part_transformers(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
-    """1. Prefill, decode and vision tower of the unpruned model against transformers: same weights, prompt, dtype, batch 1, sdpa."""
+    """1. Prefill, decode and tower of the unpruned model against transformers: same weights, prompt, dtype, batch 1, sdpa."""
     import transformers
     for kind, name in (("llava", "LlavaForConditionalGeneration"), ("qwen", "Qwen2_5_VLForConditionalGeneration")):
         path = folder / kind
@@ -145,7 +149,6 @@ def compare(report, label, kind, ours, theirs, device, rounds):
     pixels = ours.preprocess(IMAGE)
     stream = ours.begin(pixels, QUESTION)
     text, dtype = theirs.model.language_model, stream.x.dtype
-    positions = stream.pos if kind == "llava" else stream.pos                       # (1, T), or (3, 1, T)
 
     def our_tower():
         if kind == "llava":
@@ -155,10 +158,11 @@ def compare(report, label, kind, ours, theirs, device, rounds):
     def their_tower():
         if kind == "llava":
             return theirs.model.get_image_features(pixel_values=pixels[None].to(device, dtype), vision_feature_layer=-2)
-        return theirs.model.visual(pixels[0].to(device, dtype), grid_thw=torch.tensor([[1, *pixels[1]]], device=device))
+        patches = torch.tensor([[1, *(2 * side for side in pixels[1])]], device=device)
+        return theirs.model.visual(pixels[0].to(device, dtype), grid_thw=patches)
 
     def their_prefill():
-        out = text(inputs_embeds=stream.x, position_ids=positions, use_cache=True)
+        out = text(inputs_embeds=stream.x, position_ids=stream.pos, use_cache=True)
         return theirs.lm_head(out.last_hidden_state[:, -1]), out.past_key_values
     full, token = ours.run(stream), stream.ids[-1:][None]
     past = their_prefill()[1]
@@ -170,20 +174,22 @@ def compare(report, label, kind, ours, theirs, device, rounds):
 
     def their_step():
         out = text(inputs_embeds=text.embed_tokens(token), position_ids=at, past_key_values=past, use_cache=True)
-        past.crop(stream.x.shape[1])                    # the same length every time
+        past.crop(-1)                                   # the same length every time
         return theirs.lm_head(out.last_hidden_state[:, -1])
     bars = {"tower": 1.05, "prefill": 1.0, "decode step": 1.3 if device.type == "cuda" else 1.0}
-    calls = {"tower": (our_tower, their_tower), "prefill": (lambda: ours.logits(ours.run(stream)), their_prefill), "decode step": (our_step, their_step)}
+    calls = {"tower": (our_tower, their_tower), "prefill": (lambda: ours.logits(ours.run(stream)), their_prefill),
+             "decode step": (our_step, their_step)}
     for name, (one, other) in calls.items():
         spent = in_turns({"ours": one, "theirs": other}, rounds)
-        report.say(f"{label}: {name}, times faster than transformers", spent["theirs"]["median"] / spent["ours"]["median"], bars[name],
-                   note=milliseconds(spent["ours"], spent["theirs"]))
+        report.say(f"{label}: {name}, times faster than transformers", spent["theirs"]["median"] / spent["ours"]["median"],
+                   bars[name], note=milliseconds(spent["ours"], spent["theirs"]))
     memory = extra_memory(calls["prefill"][0], device) / max(extra_memory(calls["prefill"][1], device), 1)
-    report.say(f"{label}: peak memory of prefill, share of transformers'", memory, 1.0, at_most=True, note=f"logits differ by {difference:.1e}")
+    report.say(f"{label}: peak memory of prefill, share of transformers'", memory, 1.0, at_most=True,
+               note=f"logits differ by {difference:.1e}")
 
 
 def part_pruning(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
-    """2. The speed-up of prefill against the FLOPs ratio, at layer 2, and what the selection itself costs of an unpruned prefill."""
+    """2. The speed-up of prefill at layer 2 against the FLOPs ratio, and what selecting costs of an unpruned prefill."""
     path = folder / "llava"
     write_checkpoint(path, "llava", layers, small)
     model = model_llava.load(path, device, torch.bfloat16)
@@ -195,16 +201,18 @@ def part_pruning(report: Report, folder: Path, device, layers: int, rounds: int,
         schedules = {method: ((2, method, ratio),) for method in METHODS}
         spent = evaluation.time_prefill(model, stream, {"": ()} | schedules, "keep", rounds)
         full = spent.pop("")
-        work = [tokprune.flops(model.config.text, [T - N + n for n in tokprune.visual_tokens(s, N, layers)]) for s in ((), schedules["random"])]
+        work = [tokprune.flops(model.config.text, [T - N + n for n in tokprune.visual_tokens(schedule, N, layers)])
+                for schedule in ((), schedules["random"])]
+        fewer = work[0] / work[1]
         for method, ms in spent.items():
-            report.say(f"{method}, {ratio:.0%} pruned at layer 2 of {layers}: speed-up of prefill, share of the FLOPs ratio {work[0] / work[1]:.2f}",
-                       full["median"] / ms["median"] / (work[0] / work[1]), 0.85, note=milliseconds(ms, full))
+            report.say(f"{method}, {ratio:.0%} pruned at layer 2 of {layers}: speed-up, share of the FLOPs ratio {fewer:.2f}",
+                       full["median"] / ms["median"] / fewer, 0.85, note=milliseconds(ms, full))
     bars = {"random": 0.02, "fastv": 0.02, "dart": 0.05, "scope": 0.05, "divprune": 0.05, "sparsevlm": 0.10}
     scale = 32 / layers                                 # of a whole model's prefill, at full depth
     for method in METHODS:
         select = evaluation.time_calls(lambda: tokprune.prune(model, at, method, N // 2), rounds)
-        report.say(f"{method}: selecting {N // 2} of {N}, share of an unpruned prefill of 32 layers", select["median"] / (full["median"] * scale),
-                   bars[method], at_most=True, note=milliseconds(select))
+        report.say(f"{method}: selecting {N // 2} of {N}, share of an unpruned prefill of 32 layers",
+                   select["median"] / (full["median"] * scale), bars[method], at_most=True, note=milliseconds(select))
 
 
 def part_sweep(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
@@ -225,9 +233,11 @@ def part_sweep(report: Report, folder: Path, device, layers: int, rounds: int, s
         for cell in cells:
             same &= evaluation.answer_cells(model, question, image, [cell], args)["answers"][cell.key] == answers[cell.key]
         alone += evaluation.now() - start
-    report.say(f"sweep of {len(cells)} cells, times faster than each on its own", alone / together, 5, note=f"{together / 1000:.1f} s against {alone / 1000:.1f} s")
+    report.say(f"sweep of {len(cells)} cells, times faster than each on its own", alone / together, 5,
+               note=f"{together / 1000:.1f} s against {alone / 1000:.1f} s")
     report.say("sweep: share of answers that are the same", float(same), 1)
-    memory = [extra_memory(lambda: evaluation.answer_cells(model, questions[0], evaluation.read_image(questions[0].image), part, args), device)
+    image = evaluation.read_image(questions[0].image)
+    memory = [extra_memory(lambda: evaluation.answer_cells(model, questions[0], image, part, args), device)
               for part in (few, cells)]
     report.say(f"sweep: peak memory of {len(cells)} cells above that of {len(few)}, MiB", (memory[1] - memory[0]) / 2 ** 20,
                note="of one question, beside the weights")
@@ -235,14 +245,14 @@ def part_sweep(report: Report, folder: Path, device, layers: int, rounds: int, s
 
 def part_information(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
     """4. All layers of keep-one: FLOPs against the official procedure at LLaVA-1.5-7B's shape, time against the naive loop."""
-    text = model_llava.TextConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
-                                  vocab_size=32064)
-    ours, official = tokprune.information_flops(text, (35, 30), (24, 24), list(range(1, 32)))
-    report.say("information of 31 layers at LLaVA-1.5-7B's shape: times fewer FLOPs than the official procedure", official / ours, 20)
+    text = model_llava.TextConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                                  num_key_value_heads=32, vocab_size=32064)
+    spent, official = tokprune.information_flops(text, (35, 30), (24, 24), list(range(1, 32)))
+    report.say("information of 31 layers at LLaVA-1.5-7B's shape: times fewer FLOPs than officially", official / spent, 20)
     model = model_llava.load(ROOT / "tiny" / "llava", device, torch.float32)
     question = load_benchmark("textvqa", ROOT / "tiny")[0]
-    stream, wanted = model.begin(evaluation.read_image(question.image), question.prompt), [1, 20] if small else list(range(1, model.num_layers))
-    y = model.answer_ids(question.gold)[0]
+    stream = model.begin(evaluation.read_image(question.image), question.prompt)
+    wanted, y = [1, 20] if small else list(range(1, model.num_layers)), model.answer_id(question.gold)
 
     def naive():
         found = []
@@ -251,12 +261,15 @@ def part_information(report: Report, folder: Path, device, layers: int, rounds: 
                 s = model.run(tokprune.keep(model.run(stream, stop=layer), kept))
                 found.append(model.logits(s).softmax(-1)[0, y])
         return torch.stack(found).view(len(wanted), -1)
-    spent = in_turns({"ours": lambda: tokprune.token_information(model, stream, question.gold, wanted), "naive": naive}, min(rounds, 3))
-    report.say("information on the built-in model: times faster than the naive loop", spent["naive"]["median"] / spent["ours"]["median"], 10,
-               note=milliseconds(spent["ours"], spent["naive"]))
+
+    def ours():
+        return tokprune.token_information(model, stream, question.gold, wanted)
+    spent = in_turns({"ours": ours, "naive": naive}, min(rounds, 3))
+    report.say("information on the built-in model: times faster than the naive loop",
+               spent["naive"]["median"] / spent["ours"]["median"], 10, note=milliseconds(spent["ours"], spent["naive"]))
     values = naive()
-    gap = (tokprune.token_information(model, stream, question.gold, wanted).flatten(1) - (values[:, 1:] - values[:, :1]).cpu()).abs().max().item()
-    report.say("information: largest difference from the naive loop", gap, 1e-5, at_most=True)
+    gap = ours().flatten(1) - (values[:, 1:] - values[:, :1]).cpu()
+    report.say("information: largest difference from the naive loop", gap.abs().max().item(), 1e-5, at_most=True)
 
 
 CHILD = """
@@ -276,7 +289,7 @@ if len(sys.argv) > 3:
 
 
 def part_loading(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
-    """6. A whole made-up LLaVA-1.5-7B: memory and time of loading it on the CPU, against reading its files; one question answered."""
+    """6. A whole made-up LLaVA-1.5-7B: memory and time of loading it on the CPU, and one question answered on it."""
     path = folder / "whole"
     size = write_checkpoint(path, "llava", 2 if small else 32, small)
 
@@ -291,23 +304,24 @@ def part_loading(report: Report, folder: Path, device, layers: int, rounds: int,
     reading = read()
     lines = subprocess.check_output([sys.executable, "-c", CHILD, path, "bfloat16", "answer"], cwd=ROOT, text=True).split()
     report.say(f"loading {size / 1e9:.1f} GB: peak memory, share of the checkpoint", int(lines[0]) / size, 1.1, at_most=True)
-    report.say("loading and touching every page, times as long as reading the files", float(lines[1]) / reading, 1.3, at_most=True,
-               note=f"{float(lines[1]):.1f} s against {reading:.1f} s, in the page cache")
+    report.say("loading and touching every page, times as long as reading the files", float(lines[1]) / reading, 1.3,
+               at_most=True, note=f"{float(lines[1]):.1f} s against {reading:.1f} s, in the page cache")
     report.say("one question answered end to end in bfloat16 on the CPU, s", float(lines[2]))
 
 
 def part_growth(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
-    """7. Prefill time and memory against visual tokens and layers, whole and with 90 % pruned at layer 2; selections up to 2,048."""
+    """7. Prefill time and memory against visual tokens and layers, whole and pruned; selections up to 2,048 tokens."""
     path, points = folder / "qwen", []
     write_checkpoint(path, "qwen", layers, small)
     model = model_qwen.load(path, device, torch.bfloat16, max_pixels=4096 * 784)
     for side in (8, 16) if small else (8, 16, 24, 32, 45, 64):
         stream = model.begin(IMAGE.resize((28 * side, 28 * side)), QUESTION)
         spent = evaluation.time_prefill(model, stream, {"full": (), "pruned": ((2, "random", 0.9),)}, "keep", min(rounds, 3))
-        memory = [extra_memory(lambda: tokprune.prefill(model, stream, s), device) / 2 ** 20 for s in ([], [(2, "random", 0.9)])]
+        memory = [extra_memory(lambda: tokprune.prefill(model, stream, s), device) for s in ([], [(2, "random", 0.9)])]
         points.append((side * side, spent["full"]["median"], spent["pruned"]["median"]))
         for i, name in enumerate(("full", "pruned")):
-            report.say(f"{side * side} visual tokens, {layers} layers, {name}: prefill ms", spent[name]["median"], note=f"{memory[i]:.0f} MiB at the peak")
+            report.say(f"{side * side} visual tokens, {layers} layers, {name}: prefill ms", spent[name]["median"],
+                       note=f"{memory[i] / 2 ** 20:.0f} MiB at the peak")
         if side * side <= 2048:
             at = model.run(stream, stop=2)
             for method in METHODS:
@@ -343,7 +357,7 @@ def draw(points: list[tuple[int, float, float]], path: Path):
 
 
 def part_cuda(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
-    """8. Whole models on a CUDA device: shares of its measured matrix rate and bandwidth, each method at layers 2 and 20, a run end to end."""
+    """8. Whole models on a CUDA device: shares of its matrix rate and bandwidth, each method at layers 2 and 20, a run."""
     if device.type != "cuda" and not small:
         print("| on CUDA | not measured | no CUDA device | |")
         return
@@ -351,13 +365,13 @@ def part_cuda(report: Report, folder: Path, device, layers: int, rounds: int, sm
         path, depth = folder / f"{kind}-whole", layers if small else {"llava": 32, "qwen": 28}[kind]
         write_checkpoint(path, kind, depth, small)
         model = MODULES[kind].load(path, device, torch.bfloat16)
-        weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "vis" not in n and "embed" not in n)
+        weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters()
+                      if "vis" not in name and "embed" not in name)
         a = torch.empty(2 ** 24 if small else 2 ** 31, dtype=torch.uint8, device=device)
         bandwidth = 2 * len(a) / evaluation.time_calls(a.clone, rounds)["low"] * 1000
         deep = [layer for layer in (2, 20) if layer < depth]
         args = evaluation.parse_arguments(["--layer", ",".join(map(str, deep)), "--ratio", "0.9", "--seeds", "1"])
-        cells = [cell for cell in evaluation.parse_cells(args, depth)]
-        rows = evaluation.measure_speed(model, IMAGE, QUESTION, cells, args, rounds)
+        rows = evaluation.measure_speed(model, IMAGE, QUESTION, evaluation.parse_cells(args, depth), args, rounds)
         for row in rows:
             name = f"{kind}, {row['schedule'] or 'unpruned'}"
             full = row is rows[0]
@@ -368,7 +382,8 @@ def part_cuda(report: Report, folder: Path, device, layers: int, rounds: int, sm
         start = evaluation.now()
         for question in (questions := load_benchmark("mme", ROOT / "tiny")[:4 if small else 40]):
             model.answer(evaluation.read_image(question.image), question.prompt, max_new_tokens=4)
-        report.say(f"{kind}: questions per second, MME-shaped, images read too", 1000 * len(questions) / (evaluation.now() - start))
+        report.say(f"{kind}: questions per second, MME-shaped, images read too",
+                   1000 * len(questions) / (evaluation.now() - start))
         start, stream = evaluation.now(), model.begin(IMAGE, QUESTION)
         tokprune.token_information(model, stream, "Yes", list(range(1, depth)))
         report.say(f"{kind}: information of all layers of one question, s", (evaluation.now() - start) / 1000)
@@ -390,23 +405,24 @@ def main(argv: list[str]) -> dict:
     parts = args.parts.split(",") if args.parts else [name for name in PARTS if not (args.smoke and name == "transformers")]
     if unknown := set(parts) - set(PARTS):
         p.error(f"--parts: unknown {', '.join(unknown)}; want some of {', '.join(PARTS)}")
-    device, report = torch.device(args.device), Report()
-    report.plot = args.plot
+    device, report = torch.device(args.device), Report(args.plot)
+    layers, rounds = (3, 1) if args.smoke else (args.layers, args.rounds)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}; median of "
-          f"{1 if args.smoke else args.rounds} rounds [lowest, highest]\n\n| what | value | bar | note |\n|---|---:|---|---|")
+          f"{rounds} rounds [lowest, highest]\n\n| what | value | bar | note |\n|---|---:|---|---|")
     for part in parts:
         with tempfile.TemporaryDirectory() as folder:
-            PARTS[part](report, Path(folder), device, 3 if args.smoke else args.layers, 1 if args.smoke else args.rounds, args.smoke)
-    result = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "missed": report.missed, "found": report.found}
+            PARTS[part](report, Path(folder), device, layers, rounds, args.smoke)
+    result = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "missed": report.missed,
+              "found": report.found}
     print("\n" + json.dumps(result))
     return result
 
 
 def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    return names[0] if names else platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

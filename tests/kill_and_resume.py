@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(out: Path, flags: list[str]):
-    return subprocess.Popen([sys.executable, ROOT / "eval.py", *flags, "--out", out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                            text=True)
+    return subprocess.Popen([sys.executable, ROOT / "eval.py", *flags, "--out", out], stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL, text=True)
 
 
 def lines_in(file: Path) -> int:
@@ -63,5 +63,6 @@ if __name__ == "__main__":
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     killed, same = kill_and_resume(**vars(args))
-    print(f"{killed} of {args.times} killed while answering; " + ("tables and answers are the same" if same else "DIFFERENT from the undisturbed run"))
+    print(f"{killed} of {args.times} killed while answering; tables and answers are "
+          + ("the same as undisturbed" if same else "DIFFERENT from the undisturbed run's"))
     sys.exit(not same)

@@ -296,7 +296,7 @@ def test_an_oracle_beats_or_is_beaten_by_whole_intervals():
 
 
 def test_layer_horizon_prunes_at_the_measured_one_and_scores_other_questions(capsys, tmp_path):
-    printed, report = run(capsys, "--layer", "horizon", "--ratio", 1.0, "--method", "random", "--limit", 6, "--calibrate", 10, "--out", tmp_path)
+    printed, report = run(capsys, "--layer", "horizon", "--ratio", 1.0, "--method", "random", "--limit", 4, "--calibrate", 6, "--out", tmp_path)
     for benchmark in BENCHMARKS:
         at = report["horizon"][benchmark]
         assert f"{benchmark}: horizon at layer {at}, measured on" in printed
@@ -305,7 +305,7 @@ def test_layer_horizon_prunes_at_the_measured_one_and_scores_other_questions(cap
         seen = [{images[line["id"]] for line in evaluation.read_answers(file) if line["benchmark"] == benchmark}
                 for file in (tmp_path / "answers.jsonl", tmp_path / "calibration" / "answers.jsonl")]
         assert all(seen) and not seen[0] & seen[1]
-    _, other = run(capsys, "--schedule", "divprune@0=9 random@horizon=0", "--bench", "mme", "--limit", 4, "--calibrate", 10, "--out", tmp_path / "b")
+    _, other = run(capsys, "--schedule", "divprune@0=9 random@horizon=0", "--bench", "mme", "--limit", 2, "--calibrate", 6, "--out", tmp_path / "b")
     assert other["benchmarks"]["mme"][2]["schedule"] == f"divprune@0=9 random@{report['horizon']['mme']}=0"
 
 
@@ -431,7 +431,7 @@ def test_every_command_of_the_readme_runs(command, capsys, tmp_path, monkeypatch
     if "--calibrate" in flags:
         flags[flags.index("--calibrate") + 1] = "4"
     if "--score" not in flags:
-        flags += ["--out", "out"] if "--image" in flags else ["--limit", "2", "--out", "out"]
+        flags += ["--out", "out", "--max-new-tokens", "2", "--seeds", "1"] + ["--limit", "1"] * ("--image" not in flags)
     _, report = run(capsys, *flags)
     assert report["command"].startswith("eval.py")
 

@@ -63,19 +63,19 @@ def test_several_processes_find_the_same_as_one(processes, tmp_path, alone):
 
 
 def test_several_processes_measure_the_same_information(tmp_path):
-    flags = ["--information", "--layer", "1,20", "--limit", "4"]
-    for processes in (1, 2):
-        run = torchrun(processes, flags, tmp_path / str(processes))
-        assert run.communicate() and run.returncode == 0
+    flags = ["--information", "--layer", "1,20", "--limit", "2"]
+    main([*flags, "--out", str(tmp_path / "1")])
+    run = torchrun(2, flags, tmp_path / "2")
+    assert run.communicate() and run.returncode == 0
     one, two = (dict(np.load(tmp_path / n / "information.npz")) for n in "12")
-    assert one.keys() == two.keys() and all((one[key] == two[key]).all() for key in one)
+    assert one.keys() == two.keys() and all(np.allclose(one[key], two[key], rtol=0, atol=1e-6) for key in one)
     assert not list((tmp_path / "2").glob("information.rank*"))
 
 
 def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(tmp_path, alone):
     """Killed while it answers; two processes are gone on with by three."""
     out = tmp_path / "out"
-    run = torchrun(2, ["--method", "dart", "--seeds", "2", "--limit", "60"], out)
+    run = torchrun(2, ["--method", "dart", "--seeds", "2", "--limit", "30"], out)
     while run.poll() is None and not (out / "answers.rank1.jsonl").exists():
         pass
     for environment in Path("/proc").glob("[0-9]*/environ"):
@@ -88,10 +88,10 @@ def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(tmp_path, a
     assert run.returncode != 0 and f"eval.py: error: {evaluation.DIED}" in errors
     had = sum(len(file.read_text().splitlines()) for file in out.glob("answers*.jsonl"))
     assert had > 0
-    again = torchrun(3, ["--method", "dart", "--seeds", "2", "--limit", "60"], out)
+    again = torchrun(3, ["--method", "dart", "--seeds", "2", "--limit", "30"], out)
     assert again.communicate() and again.returncode == 0
     lines = timeless(out / "answers.jsonl")
-    assert len(lines) >= 120 and len({(line["benchmark"], line["id"]) for line in lines}) == len(lines)
+    assert len(lines) >= 60 and len({(line["benchmark"], line["id"]) for line in lines}) == len(lines)
     both = {(line["benchmark"], line["id"]): line for line in lines}
     assert all(both.get((line["benchmark"], line["id"]), line) == line for line in timeless(alone[1] / "answers.jsonl"))
 
@@ -105,7 +105,7 @@ def run_id(pid):
 
 
 def test_killed_at_random_moments_and_resumed_nothing_is_different():
-    killed, same = kill_and_resume(times=3, limit=20, seed=1)
+    killed, same = kill_and_resume(times=3, limit=10, seed=1)
     assert same and killed > 0
 
 
