@@ -44,6 +44,7 @@ from tokprune import (METHODS, NEED_A_LAYER, ORACLES, InputError, at_budget, che
 HERE = Path(__file__).resolve().parent
 # config.json's model_type -> the file that implements it; it refuses llava_llama and says what to use instead
 MODELS = {"llava": model_llava, "llava_llama": model_llava, "qwen2_5_vl": model_qwen}
+ROUNDS = 10                     # that --speed takes the median of
 NOISE = 0.01                    # information below this is called none: bfloat16 resolves a probability no better
 RANK, WORLD, LOCAL_RANK = ((int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
                            if "TORCHELASTIC_RUN_ID" in os.environ else (0, 1, 0))          # set by torchrun
@@ -490,7 +491,7 @@ def time_calls(call, rounds: int) -> dict:
     return spread(spent[1:])
 
 
-def measure_speed(model, image, prompt: str, cells: list[Cell], args, rounds: int = 10, new_tokens: int = 8) -> list[dict]:
+def measure_speed(model, image, prompt: str, cells: list[Cell], args, rounds: int, new_tokens: int = 8) -> list[dict]:
     """A row for each schedule: tower (image and prompt to the input of layer 0), prefill, its selections alone, a decoded token;
     cache and peak memory in bytes; prefill FLOPs, and their rate as a share of a bare matrix product's on this device."""
     weight = next(model.parameters())
@@ -1091,7 +1092,7 @@ def report_information(model, data: dict, template: str, args, out: Path) -> dic
 
 def report_speed(model, image, prompt: str, cells: list[Cell], args) -> dict:
     """`measure_speed` as a table: medians, the range of prefill and decode, speed-up beside what the FLOPs promise."""
-    rows = measure_speed(model, image, prompt, cells, args)
+    rows = measure_speed(model, image, prompt, cells, args, ROUNDS)
     full, MiB = rows[0], 2 ** 20
     tower = full["tower_ms"]
     print(f"\n{where(model)}; tower {tower['median']:.1f} ms [{tower['low']:.1f}, {tower['high']:.1f}]; a matrix product reaches "

@@ -266,8 +266,10 @@ def test_progress_shows_the_score_and_the_time_left_on_a_terminal_alone(capsys, 
 # ---- speed ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["llava", "qwen"])
-def test_speed_is_told_for_each_method_and_the_cache_is_what_it_has_to_be(name, capsys, tmp_path):
+def test_speed_is_told_for_each_method_and_the_cache_is_what_it_has_to_be(name, capsys, tmp_path, monkeypatch):
     """The bytes behind the cache's tensors, whole storages counted: a view that kept pruned rows alive would show."""
+    assert evaluation.ROUNDS == 10
+    monkeypatch.setattr(evaluation, "ROUNDS", 1)
     main(["--speed", "--model", str(ROOT / "tiny" / name), "--layer", "10", "--ratio", "0.5", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     rows = {row["schedule"]: row for row in json.loads(printed.splitlines()[-1])["speed"]}
@@ -286,10 +288,10 @@ def test_speed_is_told_for_each_method_and_the_cache_is_what_it_has_to_be(name, 
     assert printed.count("\n| ") == 1 + len(rows)
 
 
-def test_the_benchmark_script_runs_every_part_on_tiny_shapes(capsys, tmp_path):
-    """All but the comparison with transformers, which no test may need."""
-    result = bench.main(["--smoke", "--parts", "pruning,sweep,information,loading,growth,cuda", "--plot", str(tmp_path / "growth.png")])
+def test_the_benchmark_script_runs_on_tiny_shapes(capsys, tmp_path):
+    """All but the comparison with transformers, which no test may need, and the sweep, which is slow on purpose."""
+    result = bench.main(["--smoke", "--parts", "pruning,information,loading,growth,cuda", "--plot", str(tmp_path / "growth.png")])
     what = [line["what"] for line in result["found"]]
     assert len(what) == len(set(what)) and (tmp_path / "growth.png").exists()
-    assert {"sweep: share of answers that are the same", "information: largest difference from the naive loop"}.isdisjoint(result["missed"])
+    assert "information: largest difference from the naive loop" in set(what) - set(result["missed"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
