@@ -464,31 +464,31 @@ def spread(milliseconds: list[float]) -> dict:
     return {"median": float(np.median(milliseconds)), "low": min(milliseconds), "high": max(milliseconds)}
 
 
+def in_turns(calls: dict, rounds: int) -> dict[str, dict]:
+    """Milliseconds of each call, the calls taking turns, after a round that warms up."""
+    spent = defaultdict(list)
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = now()
+            call()
+            spent[name].append(now() - start)
+    return {name: spread(ms[1:]) for name, ms in spent.items()}
+
+
+def time_calls(call, rounds: int) -> dict:
+    return in_turns({"": call}, rounds)[""]
+
+
 def time_prefill(model, stream, schedules: dict[str, tuple], positions: str, rounds: int) -> dict[str, dict]:
     """Milliseconds from the input of layer 0 to the first logits, by spec, alone in its batch; specs take turns."""
-    spent = defaultdict(list)
-    for _ in range(rounds + 1):                         # the first round warms up
-        for spec, schedule in schedules.items():
-            start = now()
-            model.logits(prefill(model, stream, schedule, positions=positions))
-            spent[spec].append(now() - start)
-    return {spec: spread(ms[1:]) for spec, ms in spent.items()}
+    return in_turns({spec: lambda schedule=schedule: model.logits(prefill(model, stream, schedule, positions=positions))
+                     for spec, schedule in schedules.items()}, rounds)
 
 
 def timed(cells: list[Cell]) -> dict[str, tuple]:
     """The schedules of the cells by spec, without oracles, whose time is the measuring's."""
     schedules = {format_schedule(cell.schedule): cell.schedule for cell in cells}
     return {spec: stages for spec, stages in schedules.items() if not ORACLES.keys() & {method for _, method, _ in stages}}
-
-
-def time_calls(call, rounds: int) -> dict:
-    """Milliseconds of call(), after one that warms up."""
-    spent = []
-    for _ in range(rounds + 1):
-        start = now()
-        call()
-        spent.append(now() - start)
-    return spread(spent[1:])
 
 
 def measure_speed(model, image, prompt: str, cells: list[Cell], args, rounds: int, new_tokens: int = 8) -> list[dict]:
@@ -581,7 +581,7 @@ def print_table(benchmark: str, rows: list[dict]):
 
 
 def print_odd(benchmark: str, rows: list[dict]):
-    """Answers that are not there, or that the metric cannot read, where there are any; all are scored as wrong."""
+    """Answers that are not there, or that the metric cannot read, where there are any."""
     for kind in ("failed", "empty", "unparsed"):
         if counts := ", ".join(f"{row['schedule'] or 'unpruned'} {row[kind]}" for row in rows if row[kind]):
             print(f"{benchmark}, {kind} answers: {counts}\n")
@@ -609,9 +609,9 @@ def print_sweep(benchmark: str, rows: list[dict]):
         best, beaten = (", ".join(map(str, layers)) or "none" for layers in layers_of_oracle(rows, oracle))
         leads = []
         for layer in {row["layer"] for row in rivals}:
-            method = max((row for row in rivals if row["layer"] == layer), key=lambda row: row["score"])
-            mean, low, high = method["minus_oracles"][oracle]
-            leads.append((-mean, -high, -low, method["method"], layer))
+            rival = max((row for row in rivals if row["layer"] == layer), key=lambda row: row["score"])
+            mean, low, high = rival["minus_oracles"][oracle]
+            leads.append((-mean, -high, -low, rival["method"], layer))
         *lead, method, layer = max(leads)
         print(f"{benchmark}: {oracle} beats every method at layers {best}; some method beats it at {beaten}; "
               f"it leads most at {layer}, {difference(lead)} over the best there, {method}")
@@ -627,7 +627,7 @@ def report_given(file: Path, data: dict, paths: list[Path]) -> dict:
         print(f"\n{name}: {part_of(questions, data[name])} answered\n")
         print_heads([name, "score", "±", *columns, "empty", "unparsed"])
         for key in given[0][1]:
-            said = [answers.get(key, "") for _, answers in given]
+            said = [answers[key] for _, answers in given]
             parsed, points = zip(*(score(answer, question) for answer, question in zip(said, questions)))
             percent = 100 * np.array(points)
             row = rows[key] = {"score": float(percent.mean()), "standard_error": standard_error(percent, image),

@@ -92,17 +92,6 @@ def write_checkpoint(folder: Path, kind: str, layers: int, small: bool) -> int:
 
 # ---- timing -----------------------------------------------------------------------------------------------------
 
-def in_turns(calls: dict, rounds: int) -> dict[str, dict]:
-    """Milliseconds of each call, which take turns, after a round that warms up."""
-    spent = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            start = evaluation.now()
-            call()
-            spent[name].append(evaluation.now() - start)
-    return {name: evaluation.spread(ms[1:]) for name, ms in spent.items()}
-
-
 def extra_memory(call, device) -> int:
     """Bytes that a call needs at its peak above what is there before it."""
     call()
@@ -180,7 +169,7 @@ def compare(report, label, kind, ours, theirs, device, rounds):
     calls = {"tower": (our_tower, their_tower), "prefill": (lambda: ours.logits(ours.run(stream)), their_prefill),
              "decode step": (our_step, their_step)}
     for name, (one, other) in calls.items():
-        spent = in_turns({"ours": one, "theirs": other}, rounds)
+        spent = evaluation.in_turns({"ours": one, "theirs": other}, rounds)
         report.say(f"{label}: {name}, times faster than transformers", spent["theirs"]["median"] / spent["ours"]["median"],
                    bars[name], note=milliseconds(spent["ours"], spent["theirs"]))
     memory = extra_memory(calls["prefill"][0], device) / max(extra_memory(calls["prefill"][1], device), 1)
@@ -264,7 +253,7 @@ def part_information(report: Report, folder: Path, device, layers: int, rounds: 
 
     def ours():
         return tokprune.token_information(model, stream, question.gold, wanted)
-    spent = in_turns({"ours": ours, "naive": naive}, min(rounds, 3))
+    spent = evaluation.in_turns({"ours": ours, "naive": naive}, min(rounds, 3))
     report.say("information on the built-in model: times faster than the naive loop",
                spent["naive"]["median"] / spent["ours"]["median"], 10, note=milliseconds(spent["ours"], spent["naive"]))
     values = naive()

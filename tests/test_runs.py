@@ -184,7 +184,7 @@ def test_other_errors_of_the_model_are_not_taken_for_want_of_memory(tmp_path, mo
 
 
 def test_a_run_that_fails_for_want_of_memory_leaves_with_1(tmp_path):
-    """In an address space too small for one question's windows, but not for the model."""
+    """Decoding runs out of memory at the second question, in a process of its own."""
     program = ("import runpy, sys, eval; sys.argv = ['eval.py', *sys.argv[1:]]\n"
                "import torch, model_llava\n"
                "decode, calls = model_llava.Llava.decode, []\n"
