@@ -207,6 +207,7 @@ class Llava(nn.Module):
         x, cache, q = stream.x, list(stream.cache), stream.queries
         rope = self.rope(stream.pos, x.dtype)
         for layer in range(stream.layer, stop):
+            q = None                                    # the last layer's alone are of use
             x, q, cache[layer] = self.language_model.layers[layer](x, rope, past=cache[layer])
         return replace(stream, layer=stop, x=x, cache=cache, queries=q)
 
@@ -291,8 +292,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, rope, past=None, mask=None):
         """-> x, this layer's queries, (keys, values) of everything seen so far."""
         y, q, kv = self.self_attn(self.input_layernorm(x), rope, past, mask)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), q, kv
+        y = x + y
+        return y + self.mlp(self.post_attention_layernorm(y)), q, kv
 
 
 class Attention(nn.Module):
@@ -327,7 +328,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
 
 
 class RMSNorm(nn.Module):
@@ -336,8 +337,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()                                   # rounded to x's dtype before the weight, as the original does
-        return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        # rounded to x's dtype before the weight, as the original does
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def rotate(x: Tensor, rope) -> Tensor:
@@ -391,8 +392,8 @@ class VisionBlock(nn.Module):
 
     def forward(self, x: Tensor):
         y, q, k = self.self_attn(self.layer_norm1(x))
-        x = x + y
-        return x + self.mlp(self.layer_norm2(x)), q, k
+        y = x + y
+        return y + self.mlp(self.layer_norm2(y)), q, k
 
 
 class VisionAttention(nn.Module):
@@ -418,7 +419,7 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))                              # quick GELU
+        return self.fc2(x.mul_(torch.sigmoid_(1.702 * x)))                         # quick GELU
 
 
 class Projector(nn.Module):
