@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -193,7 +194,7 @@ class Llava(nn.Module):
         T, side = len(x), self.config.vision.image_size // self.config.vision.patch_size
         return Stream(layer=0, x=x[None], pos=torch.arange(T, device=device)[None], next_pos=T, visual=(start, V),
                       origin=torch.arange(V, device=device)[None], grid=(side, side), cache=[None] * self.num_layers,
-                      queries=None, ids=ids, embeds=x, saliency=saliency[0])
+                      queries=None, ids=ids, embeds=x, saliency=lambda: saliency()[0])
 
     @torch.inference_mode()
     def run(self, stream: Stream, stop: int | None = None) -> Stream:
@@ -360,13 +361,17 @@ class VisionTower(nn.Module):
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(VisionBlock(c) for _ in range(blocks))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, S, S) -> patch features (B, V, width), and (B, V) float32: how much CLS attends to each in the last block."""
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """(B, 3, S, S) -> patch features (B, V, width), and what returns (B, V) float32: how much CLS attends to each in the
+        last block."""
         x = self.pre_layrnorm(self.embeddings(pixels))                             # (B, 1+V, width)
         for block in self.encoder.layers:
             x, q, k = block(x)
-        cls = (q[:, :, :1].float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)   # (B, H, 1, 1+V)
-        return x[:, 1:], cls.mean(1)[:, 0, 1:]
+
+        def saliency():
+            cls = (q[:, :, :1].float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)   # (B, H, 1, 1+V)
+            return cls.mean(1)[:, 0, 1:]
+        return x[:, 1:], saliency
 
 
 class VisionEmbeddings(nn.Module):

@@ -6,11 +6,13 @@ tokprune can take visual rows out of it. Everything here is the published model;
     B variants of one prompt   T rows   V visual tokens   P patches
     C width   H heads   G key/value heads   D head width   L layers
 """
+import functools
 import json
 import math
 import re
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -205,7 +207,7 @@ class Qwen(nn.Module):
         pixels, grid = image if isinstance(image, tuple) else self.preprocess(image)
         embed = self.model.embed_tokens
         device, dtype = embed.weight.device, embed.weight.dtype
-        features, saliency = self.visual(pixels[None].to(device, dtype), grid)     # (1, V, C), (1, V)
+        features, saliency = self.visual(pixels[None].to(device, dtype), grid)     # (1, V, C), -> (1, V)
         ids = self.tokenizer.encode(PROMPT.format(question=question)).ids
         places = [i for i, token in enumerate(ids) if token == self.config.image_token]
         if len(places) != 1:
@@ -218,7 +220,7 @@ class Qwen(nn.Module):
         pos, next_pos = positions(start, grid, len(ids))
         return Stream(layer=0, x=x[None], pos=pos[:, None].to(device), next_pos=next_pos, visual=(start, V),
                       origin=torch.arange(V, device=device)[None], grid=grid, cache=[None] * self.num_layers, queries=None,
-                      ids=ids, embeds=x, saliency=saliency[0])
+                      ids=ids, embeds=x, saliency=lambda: saliency()[0])
 
     @torch.inference_mode()
     def run(self, stream: Stream, stop: int | None = None) -> Stream:
@@ -413,9 +415,9 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
         self.merger = Merger(c)
 
-    def forward(self, pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(B, P, 1176) -> token features (B, V, C), and (B, V) float32: how much the whole image attends to each token in
-        the last block of full attention."""
+    def forward(self, pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Callable[[], Tensor]]:
+        """(B, P, 1176) -> token features (B, V, C), and what returns (B, V) float32: how much the whole image attends to each
+        token in the last block of full attention. That is costly, and few methods ask."""
         x = F.linear(pixels, self.patch_embed.proj.weight.flatten(1))              # (B, P, width)
         rope = self.rope(grid, x.device)
         m = self.c.spatial_merge_size
@@ -423,8 +425,8 @@ class VisionTower(nn.Module):
         for i, block in enumerate(self.blocks):
             x, q, k = block(x, rope, None if i in self.c.fullatt_block_indexes else window)
             if i == max(self.c.fullatt_block_indexes):
-                saliency = column_mean(q, k).unflatten(1, (-1, m * m)).mean(2)
-        return self.merger(x), saliency
+                last = q, k
+        return self.merger(x), functools.cache(lambda: column_mean(*last).unflatten(1, (-1, m * m)).mean(2))
 
     def rope(self, grid, device) -> tuple[Tensor, Tensor]:
         """cos and sin (P, D) float32: half of the frequencies turn with a patch's y, half with its x."""
@@ -461,7 +463,7 @@ def windows(grid: tuple[int, int], side: int, patches: int, device) -> tuple[Ten
 def column_mean(q: Tensor, k: Tensor) -> Tensor:
     """Mean attention each patch receives, (B, P) float32, over heads and rows; the matrix is never held as a whole."""
     keys, total = k.float().transpose(-1, -2) * q.shape[-1] ** -0.5, 0
-    for part in q.split(512, 2):                                               # (B, H, 512, D)
+    for part in q.split(64, 2):                                                # (B, H, 64, D)
         total = total + (part.float() @ keys).softmax(-1).sum((1, 2))
     return total / (q.shape[1] * q.shape[2])
 

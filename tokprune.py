@@ -39,7 +39,7 @@ class Stream:
     queries: Tensor | None          # (B, H, T, D) of the layer just run, for methods that look at attention
     ids: Tensor                     # (T at first,) token ids of the whole prompt, the image token's repeated
     embeds: Tensor                  # (T at first, C) their input embeddings, visual tokens in place
-    saliency: Tensor                # (N,) how much the vision tower itself attends to each visual token
+    saliency: Callable[[], Tensor]  # -> (N,) how much the vision tower itself attends to each visual token
 
 
 def keep(stream: Stream, idx: Tensor, positions: str = "keep") -> Stream:
@@ -126,7 +126,7 @@ class View:
     keys: Tensor | None = None                          # (T, G*D) keys of layer-1, after rotary
     attention: Callable[[Tensor], Tensor] | None = None  # rows (R,) -> (H, R, T) probabilities in layer-1, float32
     normed: Callable[[], Tensor] | None = None          # -> (T, C) the model's final norm of x
-    saliency: Tensor | None = None                      # (V,)
+    saliency: Callable[[], Tensor] | None = None        # -> (V,) float32
     grid: tuple[int, int] | None = None
     origin: Tensor | None = None                        # (V,)
     info: Tensor | None = None                          # (V,) measured information
@@ -143,7 +143,7 @@ def view_of(model, stream: Stream, b: int, seed: int, info: Tensor | None) -> Vi
     origin, N = stream.origin[b], stream.grid[0] * stream.grid[1]
     rng = torch.Generator().manual_seed(seed + 1_000_003 * stream.layer)     # stages of one schedule draw apart
     view = View(stream.layer, stream.visual, stream.x[b], stream.embeds, (stream.visual[0], N),
-                normed=lambda: model.final_norm(stream.x[b]), saliency=stream.saliency[origin], grid=stream.grid,
+                normed=lambda: model.final_norm(stream.x[b]), saliency=lambda: stream.saliency()[origin], grid=stream.grid,
                 origin=origin, info=None if info is None else info.to(origin.device)[origin], rng=rng)
     if stream.queries is not None:
         keys = stream.cache[stream.layer - 1][0]                             # (B, G, T, D), or one shared by all variants
@@ -266,7 +266,7 @@ def divprune(view: View, n: int) -> Tensor:
 def scope(view: View, n: int) -> Tensor:
     """SCOPE (NeurIPS 2025), greedy: a token gains what it adds to the coverage of all tokens, times its saliency."""
     f = F.normalize(view.x_visual, dim=1)
-    similarity, saliency = f @ f.T, view.saliency.float()
+    similarity, saliency = f @ f.T, view.saliency()
     covered = torch.zeros_like(saliency)
     free = torch.ones_like(saliency, dtype=torch.bool)
     for _ in range(n):

@@ -13,7 +13,7 @@ LLAVA = {
     "feature layer one too deep": ("num_hidden_layers + 1 + layer", "num_hidden_layers + 2 + layer"),
     "feature layer one too shallow": ("num_hidden_layers + 1 + layer", "num_hidden_layers + layer"),
     "no pre_layrnorm": ("self.pre_layrnorm(self.embeddings(pixels))", "self.embeddings(pixels)"),
-    "CLS kept, last patch dropped": ("return x[:, 1:], cls", "return x[:, :-1], cls"),
+    "CLS kept, last patch dropped": ("return x[:, 1:], saliency", "return x[:, :-1], saliency"),
     "CLIP with the exact GELU": ("x.mul_(torch.sigmoid_(1.702 * x))", "F.gelu(x)"),
     "projector with the tanh GELU": ("F.gelu(self.linear_1(x))", 'F.gelu(self.linear_1(x), approximate="tanh")'),
     "CLIP epsilon": ("c.hidden_size, c.layer_norm_eps)", "c.hidden_size, 1e-6)"),

@@ -60,7 +60,7 @@ def test_saliency_is_how_much_cls_attends_to_each_patch_in_the_last_block(model)
     y = tower.encoder.layers[-1].layer_norm1(x)
     q, k = (p(y).view(17, 4, 8).transpose(0, 1) for p in (a.q_proj, a.k_proj))
     want = (q @ k.transpose(1, 2) / 8 ** 0.5).softmax(-1).mean(0)[0, 1:]
-    torch.testing.assert_close(model.begin(images()["wide"], "?").saliency, want)
+    torch.testing.assert_close(model.begin(images()["wide"], "?").saliency(), want)
 
 
 def test_compact_positions_renumber_and_decoding_goes_on_from_the_shortened_prompt(model):

@@ -89,7 +89,7 @@ def test_a_view_shows_the_layer_before_and_the_tokens_that_are_left(checkpoint, 
     close(view.x, model.run(before, stop=2).x[0])
     close(view.normed(), decoder(model).norm(view.x))
     assert view.layer == 2 and view.visual == (first, 7) and view.origin.equal(before.origin[0])
-    assert view.saliency.equal(start.saliency[view.origin]) and view.info.equal(info["info"][view.origin])
+    assert view.saliency().equal(start.saliency()[view.origin]) and view.info.equal(info["info"][view.origin])
     assert view.embeds.equal(start.x[0]) and view.embeds_visual == (first, start.visual[1])
     assert view.rng.initial_seed() != tokprune.view_of(model, model.run(start, stop=1), 0, 3, None).rng.initial_seed()
 

@@ -70,7 +70,7 @@ def test_tower_and_positions_equal_transformers(name, dtype, tolerance):
         start, V = stream.visual
         close = lambda got, key: torch.testing.assert_close(got, want[f"{case['name']}.{key}"].to(got.dtype), rtol=0, atol=tolerance)
         close(stream.x[0, start:start + V], "features")
-        close(stream.saliency, "saliency")
+        close(stream.saliency(), "saliency")
         assert stream.pos[:, 0].equal(want[f"{case['name']}.pos"]) and stream.next_pos == want[f"{case['name']}.next_pos"].item()
         grids.add(stream.grid)
     assert grids == {(2, 2), (2, 5), (7, 1), (6, 9), (4, 8)}
