@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from tokprune import InputError, Stream, prefill
+from tokprune import InputError, Stream, extend, prefill, with_room
 
 # the chat template of the checkpoint for one user turn: image first, no BOS, nothing after the last newline
 PROMPT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -263,6 +263,7 @@ class Qwen(nn.Module):
         repetition_penalty: logits of every token of prompt (image included) or answer are divided by it, negative ones
         multiplied, as in transformers. The published generation_config.json says 1.05; 1 changes nothing.
         """
+        stream = with_room(stream, max_new_tokens - 1)
         answers = [[] for _ in range(len(stream.x))]
         ended = [False] * len(answers)
         seen = stream.ids.expand(len(answers), -1)                                 # (B, T at first and what is generated)
@@ -356,14 +357,14 @@ class Attention(nn.Module):
         q = rotate(self.q_proj(x).view(B, T, self.H, self.D).transpose(1, 2), rope)   # (B, H, T, D)
         k = rotate(self.k_proj(x).view(B, T, self.G, self.D).transpose(1, 2), rope)   # (B, G, T, D)
         v = self.v_proj(x).view(B, T, self.G, self.D).transpose(1, 2)                 # (B, G, T, D)
-        if past is not None:                            # layers before the first pruning share one cache among variants
-            k = torch.cat([past[0].expand(B, -1, -1, -1), k], 2)                      # (B, G, S, D)
-            v = torch.cat([past[1].expand(B, -1, -1, -1), v], 2)
+        kv = k, v
+        if past is not None:
+            k, v, kv = extend(past, k, v)                                             # (B, G, S, D)
             if T > 1:                                   # causal by row, never by position: rows keep their order
                 mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past is None and mask is None,
                                            enable_gqa=self.G != self.H)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D)), q, (k, v)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D)), q, kv
 
 
 class MLP(nn.Module):

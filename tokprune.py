@@ -35,7 +35,7 @@ class Stream:
     visual: tuple[int, int]         # first visual row and V; visual rows are contiguous and keep their order
     origin: Tensor                  # (B or 1, V) index of each visual row among the N of the full image
     grid: tuple[int, int]           # rows and columns of the full image, N = rows * cols
-    cache: list                     # per layer (keys, values), each (B or 1, G, T of that layer, D), or None
+    cache: list                     # per layer (keys, values), each (B or 1, G, T of that layer, D), or None; see `with_room`
     queries: Tensor | None          # (B, H, T, D) of the layer just run, for methods that look at attention
     ids: Tensor                     # (T at first,) token ids of the whole prompt, the image token's repeated
     embeds: Tensor                  # (T at first, C) their input embeddings, visual tokens in place
@@ -111,6 +111,29 @@ def prefill(model, stream: Stream, schedule: list, seed: int = 0, positions: str
     for layer, method, amount in schedule:
         stream = prune(model, model.run(stream, stop=layer), method, count(amount, N), seed, positions=positions)
     return model.run(stream)
+
+
+def with_room(stream: Stream, rows: int) -> Stream:
+    """The stream with its cache copied into tensors that have room for more rows, as (keys, values, how many rows are filled).
+
+    Decoding writes there in place, where it would copy every row for each new one; so this stream can go on only once.
+    """
+    def roomy(t):
+        room = t.new_empty(len(stream.x), t.shape[1], t.shape[2] + rows, t.shape[3])
+        room[:, :, :t.shape[2]] = t
+        return room
+    return replace(stream, cache=[(roomy(k), roomy(v), k.shape[2]) for k, v in stream.cache])
+
+
+def extend(past: tuple, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
+    """A layer's cache and new rows (B, G, T, D) -> all keys, all values, and the cache that holds them."""
+    if len(past) == 2:                                  # layers before the first pruning share one cache among variants
+        k, v = (torch.cat([old.expand(len(new), -1, -1, -1), new], 2) for old, new in zip(past, (k, v)))
+        return k, v, (k, v)
+    keys, values, filled = past
+    end = filled + k.shape[2]
+    keys[:, :, filled:end], values[:, :, filled:end] = k, v
+    return keys[:, :, :end], values[:, :, :end], (keys, values, end)
 
 
 # ---- what a method sees -----------------------------------------------------------------------------------------

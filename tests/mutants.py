@@ -22,7 +22,7 @@ LLAVA = {
     "patches in column order": (".flatten(2).transpose(1, 2)  ", ".transpose(2, 3).flatten(2).transpose(1, 2)  "),
     "grouped heads tiled, not repeated": (
         "        y = F.scaled_dot_product_attention(q, k, v,",
-        "        kv = k, v\n        k, v = (t.repeat(1, self.H // self.G, 1, 1) for t in kv)\n"
+        "        k, v = (t.repeat(1, self.H // self.G, 1, 1) for t in (k, v))\n"
         "        y = F.scaled_dot_product_attention(q, k, v,"),
     "interleaved rope": ("a, b = x.chunk(2, -1)\n    return x * cos + torch.cat([-b, a], -1) * sin",
                          "a, b = x[..., ::2], x[..., 1::2]\n    return x * cos + torch.stack([-b, a], -1).flatten(-2) * sin"),
@@ -33,7 +33,7 @@ LLAVA = {
     "norm weight before rounding, plus one": ("return self.weight * F", "return (1 + self.weight) * F"),
     "not causal": ("is_causal=past is None and mask is None", "is_causal=False"),
     "gate and up swapped": ("F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x))", "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
-    "decoding position is the length of the last cache": ("torch.arange(stream.next_pos, after", "torch.arange(stream.cache[-1][0].shape[2], stream.cache[-1][0].shape[2] + 1"),
+    "decoding position is the length of the last cache": ("torch.arange(stream.next_pos, after", "torch.arange(n := (*stream.cache[-1], stream.cache[-1][0].shape[2])[2], n + 1"),
     "image between the wrong rows": ("x[start:start + V] = features", "x[:V] = features"),
     "pixels scaled in float32": ("astype(np.float64) * (1 / 255)).astype(np.float32)", "astype(np.float32) * np.float32(1 / 255))"),
     "bilinear resize": ("Image.BICUBIC", "Image.BILINEAR"),
@@ -63,7 +63,7 @@ QWEN = {
     "text goes on after rows * columns": ("pos[:, end:] += max(rows, cols) - rows * cols\n", ""),
     "text goes on after the rows": ("pos[:, end:] += max(rows, cols)", "pos[:, end:] += rows"),
     "decoding position is the number of rows": ("T + max(rows, cols) - rows * cols\n", "T\n"),
-    "decoding position is the length of the last cache": ("torch.arange(stream.next_pos, after", "torch.arange(stream.cache[-1][0].shape[2], stream.cache[-1][0].shape[2] + 1"),
+    "decoding position is the length of the last cache": ("torch.arange(stream.next_pos, after", "torch.arange(n := (*stream.cache[-1], stream.cache[-1][0].shape[2])[2], n + 1"),
     "image from position 0": ("pos[1, start:end] = start + ", "pos[1, start:end] = "),
     "raster patches": ("    return x.unflatten(1, (-1, m)).unflatten(0, (-1, m)).transpose(1, 2).flatten(0, 3)", "    return x.flatten(0, 1)"),
     "y and x swapped in the tower": ("for place in (y, x)", "for place in (x, y)"),

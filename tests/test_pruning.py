@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model_llava
 import tokprune
-from tokprune import METHODS, NEED_A_LAYER, ORACLES, InputError, keep, parse_schedule, prefill, prune
+from tokprune import METHODS, NEED_A_LAYER, ORACLES, InputError, keep, parse_schedule, prefill, prune, with_room
 
 every_method = pytest.mark.parametrize("method", METHODS)
 CHECKPOINTS = ["llava_grouped", "qwen_untied"]          # 4x4 and 4x8 visual tokens
@@ -174,6 +174,18 @@ def test_pruning_leaves_the_stream_it_was_given_untouched(model, start, info):
         model.decode(model.run(prune(model, stream, method, 5, info=info)), 3)
     assert stream.x.equal(x) and stream.layer == 1
     assert all(a is None if b is None else a[0].equal(b) for a, b in zip(stream.cache, cache))
+
+
+def test_a_stream_with_room_goes_on_as_one_without(model, start):
+    """Variants that share the cache of the first layers; rows written in place, one and then two."""
+    stream = model.run(prune(model, model.run(start, stop=2), ["random", "divprune"], 5))
+    roomy, ids = with_room(stream, 3), torch.tensor([[5, 6], [7, 8]])
+    held = [k for k, _, _ in roomy.cache]
+    for n in (1, 2):
+        stream, roomy = (model.run(model.append(s, ids[:, :n])) for s in (stream, roomy))
+        torch.testing.assert_close(roomy.x, stream.x, rtol=0, atol=1e-5)
+    for (k, _), (room, _, filled), before in zip(stream.cache, roomy.cache, held):
+        assert room is before and room.shape == k.shape and filled == k.shape[2]
 
 
 def test_pruned_tokens_are_not_kept_alive_by_views(model, start):
