@@ -39,7 +39,8 @@ import pictures
 from benchmarks import (BENCHMARKS, COGNITION, COLUMNS, PERCEPTION, STYLES, TOTALS, Question, join_answers, load_benchmark,
                         paths_under, read_json, score)
 from tokprune import (METHODS, NEED_A_LAYER, ORACLES, InputError, at_budget, check_method, count, flops, format_schedule,
-                      horizon, information_flops, parse_schedule, per_token, prefill, prune, token_information, visual_tokens)
+                      horizon, information_flops, parse_schedule, per_token, prefill, prune, token_information, visual_tokens,
+                      with_room)
 
 HERE = Path(__file__).resolve().parent
 # config.json's model_type -> the file that implements it; it refuses llava_llama and says what to use instead
@@ -465,13 +466,14 @@ def spread(milliseconds: list[float]) -> dict:
 
 
 def in_turns(calls: dict, rounds: int) -> dict[str, dict]:
-    """Milliseconds of each call, the calls taking turns, after a round that warms up."""
-    spent = defaultdict(list)
+    """Milliseconds of each call, the calls taking turns, in this order and back, after a round that warms up."""
+    spent, order = defaultdict(list), list(calls)
     for _ in range(rounds + 1):
-        for name, call in calls.items():
+        for name in order:
             start = now()
-            call()
+            calls[name]()
             spent[name].append(now() - start)
+        order.reverse()
     return {name: spread(ms[1:]) for name, ms in spent.items()}
 
 
@@ -513,7 +515,7 @@ def measure_speed(model, image, prompt: str, cells: list[Cell], args, rounds: in
         memory = peak_memory(weight.device)
 
         def decode():
-            s = full
+            s = with_room(full, new_tokens)
             for _ in range(new_tokens):
                 s = model.run(model.append(s, token))
                 model.logits(s)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ MODULES = {"llava": model_llava, "qwen": model_qwen}
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (672, 672, 3), dtype=np.uint8))   # 576 visual tokens in both
 QUESTION = "What is written on the sign above the door, and which of the two people in front of it looks at the other one?"
 ROUNDS = 10
+STEPS = 8                                               # tokens decoded at a time
 METHODS = [method for method in tokprune.METHODS if method not in tokprune.ORACLES]
 
 
@@ -93,12 +95,17 @@ def write_checkpoint(folder: Path, kind: str, layers: int, small: bool) -> int:
 # ---- timing -----------------------------------------------------------------------------------------------------
 
 def extra_memory(call, device) -> int:
-    """Bytes that a call needs at its peak above what is there before it."""
+    """Most bytes that torch holds for a call at once, above what it held before."""
     call()
-    evaluation.forget_peak(device)
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else evaluation.peak_memory(device)
-    call()
-    return evaluation.peak_memory(device) - before
+    if device.type == "cuda":
+        evaluation.forget_peak(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return evaluation.peak_memory(device) - before
+    with torch.profiler.profile(profile_memory=True) as profiler:           # the process's own peak depends on what it did before
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 class Report:
@@ -158,16 +165,20 @@ def compare(report, label, kind, ours, theirs, device, rounds):
     at = torch.full((1, 1) if kind == "llava" else (3, 1, 1), stream.next_pos, device=device)
     difference = (ours.logits(full) - their_prefill()[0].float()).abs().max().item()
 
-    def our_step():
-        return ours.logits(ours.run(ours.append(full, token)))
+    def our_decode():
+        stream = tokprune.with_room(full, STEPS)
+        for _ in range(STEPS):
+            stream = ours.run(ours.append(stream, token))
+            ours.logits(stream)
 
-    def their_step():
-        out = text(inputs_embeds=text.embed_tokens(token), position_ids=at, past_key_values=past, use_cache=True)
-        past.crop(-1)                                   # the same length every time
-        return theirs.lm_head(out.last_hidden_state[:, -1])
-    bars = {"tower": 1.05, "prefill": 1.0, "decode step": 1.3 if device.type == "cuda" else 1.0}
+    def their_decode():
+        for step in range(STEPS):
+            out = text(inputs_embeds=text.embed_tokens(token), position_ids=at + step, past_key_values=past, use_cache=True)
+            theirs.lm_head(out.last_hidden_state[:, -1])
+        past.crop(-STEPS)                               # the same length every time
+    bars = {"tower": 1.05, "prefill": 1.0, "decoding": 1.3 if device.type == "cuda" else 1.0}
     calls = {"tower": (our_tower, their_tower), "prefill": (lambda: ours.logits(ours.run(stream)), their_prefill),
-             "decode step": (our_step, their_step)}
+             "decoding": (our_decode, their_decode)}
     for name, (one, other) in calls.items():
         spent = evaluation.in_turns({"ours": one, "theirs": other}, rounds)
         report.say(f"{label}: {name}, times faster than transformers", spent["theirs"]["median"] / spent["ours"]["median"],
