@@ -95,13 +95,12 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
         s = at[layer] = model.run(s, stop=layer)
     full = model.run(s)
     measuring = now()
-    oracle = defaultdict(dict)                          # by layer and method
-    for method, target in ORACLES.items():
-        layers = sorted({layer for layer, m, _ in stages if m == method})
-        maps = token_information(model, stream, question.gold, layers, args.window, target=target,
-                                 max_batch_tokens=args.max_batch_tokens) if layers else []
-        for layer, found in zip(layers, maps):
-            oracle[layer][method] = per_token(found, full.grid, args.window)
+    oracle, layers = {}, sorted({layer for layer, method, _ in stages if method in ORACLES})
+    maps = token_information(model, stream, question.gold, layers, args.window, target="each",
+                             max_batch_tokens=args.max_batch_tokens) if layers else []
+    for layer, found in zip(layers, maps):              # (rows, cols, tokens of the answer)
+        oracle[layer] = {"info": per_token(found[..., 0], full.grid, args.window),
+                         "info-answer": per_token(found.sum(-1), full.grid, args.window)}
     measured = now()
     batches = defaultdict(list)
     for cell in cells:
@@ -111,7 +110,7 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
         s = at[plan[0][0]] if plan else full
         for i, (layer, n) in enumerate(plan):
             s = prune(model, model.run(s, stop=layer), [cell.schedule[i][1] for cell in batch], n,
-                      [cell.seed + question.seed for cell in batch], oracle[layer], args.positions)
+                      [cell.seed + question.seed for cell in batch], oracle.get(layer, {}), args.positions)
         said = model.decode(model.run(s), args.max_new_tokens, args.repetition_penalty)
         answers |= dict(zip([cell.key for cell in batch], said))
     for cell in cells:
@@ -490,7 +489,7 @@ def time_prefill(model, stream, schedules: dict[str, tuple], positions: str, rou
 def timed(cells: list[Cell]) -> dict[str, tuple]:
     """The schedules of the cells by spec, without oracles, whose time is the measuring's."""
     schedules = {format_schedule(cell.schedule): cell.schedule for cell in cells}
-    return {spec: stages for spec, stages in schedules.items() if not ORACLES.keys() & {method for _, method, _ in stages}}
+    return {spec: stages for spec, stages in schedules.items() if not {*ORACLES} & {method for _, method, _ in stages}}
 
 
 def measure_speed(model, image, prompt: str, cells: list[Cell], args, rounds: int, new_tokens: int = 8) -> list[dict]:
@@ -700,8 +699,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                    help="information of the gold answer's first token or of all of it (default: first)")
     p.add_argument("--window", type=int, default=2, metavar="N",
                    help="information is measured in windows of N x N tokens (default: 2)")
-    p.add_argument("--max-batch-tokens", type=int, default=2 ** 16, metavar="N",
-                   help="bound of a batch of windows, in rows (default: 65536)")
+    p.add_argument("--max-batch-tokens", type=int, default=2 ** 15, metavar="N",
+                   help="bound of a batch of windows, in rows (default: 32768)")
     p.add_argument("--tolerance", type=float, default=0.01, metavar="T",
                    help="share of the score that may be lost past the horizon (default: 0.01)")
     p.add_argument("--calibrate", type=int, default=60, metavar="N",

@@ -319,7 +319,7 @@ def top(score: Tensor, n: int) -> Tensor:
 # Each is asked for 0 < n < V; `choose` sees to none and all.
 METHODS = {"random": random, "fastv": fastv, "sparsevlm": sparsevlm, "dart": dart, "divprune": divprune, "scope": scope,
            "info": info, "info-answer": info}
-ORACLES = {"info": "first", "info-answer": "answer"}    # what information is measured of: the first token of the gold answer, all
+ORACLES = ("info", "info-answer")
 NEED_A_LAYER = {"fastv", "sparsevlm", "dart"}           # they read attention or keys of the layer before
 
 
@@ -332,19 +332,20 @@ def information(model, image, question: str, answer: str, layers: list[int], win
 
 
 def token_information(model, stream: Stream, answer: str, layers: list[int], window: int = 2, mode: str = "keep-one",
-                      target: str = "first", max_batch_tokens: int = 2 ** 16) -> Tensor:
+                      target: str = "first", max_batch_tokens: int = 2 ** 15) -> Tensor:
     """What the visual tokens of each window w still tell at the input of each layer K, from a stream at layer 0.
 
     mode "keep-one", as the paper's code has it:    I(w, K) = P(y | only w) - P(y | none)
     mode "leave-one-out", as its abstract reads:    I(w, K) = P(y | all) - P(y | all but w)
     From K on only those visual tokens are left; P is a softmax over the whole vocabulary in float32.
     target "first", the paper's: y is the first token of the gold answer, at the last prompt row. "answer", ours: P(y) is
-    the sum over the answer's tokens of P(y_t | y_<t), teacher-forced.
+    the sum over the answer's tokens of P(y_t | y_<t), teacher-forced; "each": the terms, along one more axis at the end.
 
     All layers share one unpruned run, and rows that no removed token can reach are never computed again: their keys and
-    values are taken from it. Windows with equally many rows left to run are one batch of at most max_batch_tokens rows.
+    values are taken from it. Windows with equally many rows left to run are one batch over all layers, of at most about
+    max_batch_tokens rows.
     """
-    assert mode in ("keep-one", "leave-one-out") and target in ("first", "answer"), f"mode {mode!r}, target {target!r}"
+    assert mode in ("keep-one", "leave-one-out") and target in ("first", "answer", "each"), f"mode {mode!r}, target {target!r}"
     ids = model.answer_ids(answer)[:1 if target == "first" else None]
     forced = model.append(stream, torch.tensor([ids[:-1]], dtype=torch.long, device=stream.x.device))
     stream = replace(stream, x=torch.cat([stream.x, forced.x], 1), pos=torch.cat([stream.pos, forced.pos], -1))
@@ -352,37 +353,44 @@ def token_information(model, stream: Stream, answer: str, layers: list[int], win
     for layer in sorted(set(layers)):
         stream = at[layer] = model.run(stream, stop=layer)
     full, V = model.run(stream), stream.visual[1]
-    windows, groups, found = windows_of(stream.grid, window), group_windows(stream.grid, window, mode), {}
-    none = torch.zeros(1, 0, dtype=torch.long)
+    windows = windows_of(stream.grid, window)
+    found = torch.zeros(len(at), len(windows), len(ids))
+    for (first, rows), members in group_windows(stream.grid, window, mode).items():
+        if mode == "leave-one-out":
+            kept = torch.stack([torch.tensor(sorted({*range(first, V)} - {*windows[i].tolist()})) - first for i in members])
+        else:
+            kept = torch.stack([windows[i] for i in members])
+        size = max(1, max_batch_tokens // (full.x.shape[1] - V + first + rows) // len(at))
+        found[:, members] = torch.cat([left(model, at, full, first, part, ids) for part in kept.split(size)], 1)
+    if mode == "leave-one-out":
+        found = probabilities(model, full, ids).cpu() - found
+    else:
+        found -= left(model, at, full, 0, torch.zeros(1, 0, dtype=torch.long), ids)
+    found = found[[list(at).index(layer) for layer in layers]].unflatten(1, [-(-side // window) for side in stream.grid])
+    return found if target == "each" else found.sum(-1)
+
+
+def left(model, at: dict[int, Stream], full: Stream, first: int, kept: Tensor, ids: list) -> Tensor:
+    """P(y_t), (layers, B, tokens), with the visual tokens before `first` and of the others only those of kept (B, n), counted from it,
+    from each layer of `at` on. Every row before `first` is in the cache already, from the unpruned run `full`; variants
+    that begin at a deeper layer join the others there, so that all are one pass through the layers."""
+    (start, V), going = full.visual, None
     for layer, stream in at.items():
-        found[layer] = torch.zeros(len(windows))
-        base = answer_probability(model, full, ids) if mode == "leave-one-out" else left(model, stream, full, 0, none, ids, 1)
-        for (first, rows), members in groups.items():
-            if mode == "leave-one-out":
-                kept = torch.stack([torch.tensor(sorted({*range(first, V)} - {*windows[i].tolist()})) - first for i in members])
-            else:
-                kept = torch.stack([windows[i] for i in members])
-            size = max(1, max_batch_tokens // (full.x.shape[1] - V + first + rows))
-            found[layer][members] = (left(model, stream, full, first, kept, ids, size) - base).cpu()
-    sign = -1 if mode == "leave-one-out" else 1
-    return sign * torch.stack([found[layer] for layer in layers]).view(len(layers), *(-(-side // window) for side in stream.grid))
+        cache = [None if i < layer else (k[:, :, :start + first], v[:, :, :start + first]) for i, (k, v) in enumerate(full.cache)]
+        new = keep(replace(stream, x=stream.x[:, start + first:], pos=stream.pos[..., start + first:], visual=(0, V - first),
+                           origin=stream.origin[:, first:], cache=cache), kept)
+        if going:
+            going = model.run(going, stop=layer)
+            new = replace(new, x=torch.cat([going.x, new.x]), pos=torch.cat([going.pos, new.pos], -2),
+                          origin=torch.cat([going.origin, new.origin]))
+        going = new
+    return probabilities(model, model.run(going), ids).unflatten(0, (len(at), -1)).cpu()
 
 
-def left(model, stream: Stream, full: Stream, first: int, kept: Tensor, ids: list, size: int) -> Tensor:
-    """P(y), (B,), with the visual tokens before `first` and of the others only those of kept (B, n), counted from it,
-    `size` at a time. Every row before `first` is in the cache already, from the unpruned run `full`."""
-    start, V = stream.visual
-    cache = [None if layer < stream.layer else (k[:, :, :start + first], v[:, :, :start + first])
-             for layer, (k, v) in enumerate(full.cache)]
-    after = replace(stream, x=stream.x[:, start + first:], pos=stream.pos[..., start + first:], visual=(0, V - first),
-                    origin=stream.origin[:, first:], cache=cache)
-    return torch.cat([answer_probability(model, model.run(keep(after, part)), ids) for part in kept.split(size)])
-
-
-def answer_probability(model, stream: Stream, ids: list) -> Tensor:
-    """Sum of the probabilities of the answer's tokens at the last rows of a stream past the last layer, (B,) float32."""
+def probabilities(model, stream: Stream, ids: list) -> Tensor:
+    """Of the answer's tokens, at the last rows of a stream past the last layer, (B, tokens) float32."""
     ends = [stream.x.shape[1] - len(ids) + t + 1 for t in range(len(ids))]
-    return sum(model.logits(replace(stream, x=stream.x[:, :end])).softmax(-1)[:, y] for end, y in zip(ends, ids))
+    return torch.stack([model.logits(replace(stream, x=stream.x[:, :end])).softmax(-1)[:, y] for end, y in zip(ends, ids)], 1)
 
 
 def windows_of(grid: tuple[int, int], window: int) -> list[Tensor]:
