@@ -9,6 +9,7 @@ there is one (--device cpu: not on it). Each bar is aim or promise; what misses 
 """
 import argparse
 import json
+import math
 import platform
 import re
 import shutil
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 
@@ -96,7 +98,6 @@ def write_checkpoint(folder: Path, kind: str, layers: int, small: bool) -> int:
 
 def extra_memory(call, device) -> int:
     """Most bytes that torch holds for a call at once, above what it held before."""
-    call()
     if device.type == "cuda":
         evaluation.forget_peak(device)
         before = torch.cuda.memory_allocated(device)
@@ -108,12 +109,21 @@ def extra_memory(call, device) -> int:
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
+def deepen(model, depth: int):
+    """The model as deep as the published one on the weights of a few layers, used in turn: the same work in less memory."""
+    decoder = model.language_model if hasattr(model, "language_model") else model.model
+    few = list(decoder.layers)
+    decoder.layers = torch.nn.ModuleList(few[i % len(few)] for i in range(depth))
+    model.num_layers = model.config.text.num_hidden_layers = depth
+
+
 class Report:
-    """The lines of a table as they come, and the bars that were missed."""
-    def __init__(self, plot: str):
-        self.found, self.missed, self.plot = [], [], plot
+    """The lines of a table as they come, and the bars that were missed; tiny shapes have none."""
+    def __init__(self, plot: str, small: bool):
+        self.found, self.missed, self.plot, self.small = [], [], plot, small
 
     def say(self, what: str, value: float, bar: float | None = None, at_most: bool = False, note: str = ""):
+        bar = None if self.small else bar
         held = bar is None or (value <= bar if at_most else value >= bar)
         want = "" if bar is None else f"want {'at most' if at_most else 'at least'} {bar:g}: " + ("held" if held else "MISSED")
         self.found.append({"what": what, "value": value, "bar": bar, "held": held, "note": note})
@@ -189,30 +199,27 @@ def compare(report, label, kind, ours, theirs, device, rounds):
 
 
 def part_pruning(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
-    """2. The speed-up of prefill at layer 2 against the FLOPs ratio, and what selecting costs of an unpruned prefill."""
-    path = folder / "llava"
+    """2. The speed-up of prefill at layer 2 of 32 against the FLOPs ratio, and what selecting costs of an unpruned prefill."""
+    path, depth = folder / "llava", layers if small else 32
     write_checkpoint(path, "llava", layers, small)
     model = model_llava.load(path, device, torch.bfloat16)
+    deepen(model, depth)
     stream = model.begin(IMAGE, QUESTION)
     N, T = stream.visual[1], stream.x.shape[1]
     at = model.run(stream, stop=2)
-    full = None
-    for ratio in (0.5, 0.75, 0.9):
-        schedules = {method: ((2, method, ratio),) for method in METHODS}
-        spent = evaluation.time_prefill(model, stream, {"": ()} | schedules, "keep", rounds)
-        full = spent.pop("")
-        work = [tokprune.flops(model.config.text, [T - N + n for n in tokprune.visual_tokens(schedule, N, layers)])
-                for schedule in ((), schedules["random"])]
-        fewer = work[0] / work[1]
-        for method, ms in spent.items():
-            report.say(f"{method}, {ratio:.0%} pruned at layer 2 of {layers}: speed-up, share of the FLOPs ratio {fewer:.2f}",
-                       full["median"] / ms["median"] / fewer, 0.85, note=milliseconds(ms, full))
+    schedules = {f"{method}, {ratio:.0%} pruned": ((2, method, ratio),) for ratio in (0.5, 0.75, 0.9) for method in METHODS}
+    spent = evaluation.time_prefill(model, stream, {"": ()} | schedules, "keep", min(rounds, 3))
+    full, work = spent.pop(""), tokprune.flops(model.config.text, [T] * depth)
+    for name, ms in spent.items():
+        rows = [T - N + n for n in tokprune.visual_tokens(schedules[name], N, depth)]
+        fewer = work / tokprune.flops(model.config.text, rows)
+        report.say(f"{name} at layer 2 of {depth}: speed-up, share of the FLOPs ratio {fewer:.2f}",
+                   full["median"] / ms["median"] / fewer, 0.85, note=milliseconds(ms, full))
     bars = {"random": 0.02, "fastv": 0.02, "dart": 0.05, "scope": 0.05, "divprune": 0.05, "sparsevlm": 0.10}
-    scale = 32 / layers                                 # of a whole model's prefill, at full depth
     for method in METHODS:
         select = evaluation.time_calls(lambda: tokprune.prune(model, at, method, N // 2), rounds)
-        report.say(f"{method}: selecting {N // 2} of {N}, share of an unpruned prefill of 32 layers",
-                   select["median"] / (full["median"] * scale), bars[method], at_most=True, note=milliseconds(select))
+        report.say(f"{method}: selecting {N // 2} of {N}, share of an unpruned prefill",
+                   select["median"] / full["median"], bars[method], at_most=True, note=milliseconds(select))
 
 
 def part_sweep(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
@@ -310,54 +317,58 @@ def part_loading(report: Report, folder: Path, device, layers: int, rounds: int,
 
 
 def part_growth(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
-    """7. Prefill time and memory against visual tokens and layers, whole and pruned; selections up to 2,048 tokens."""
-    path, points = folder / "qwen", []
+    """7. Prefill time and memory against visual tokens and layers, whole and pruned; selections up to 2,025 tokens."""
+    path, depth, rounds = folder / "qwen", layers if small else 28, min(rounds, 2)
+    schedules = {"whole": (), "90 % pruned at layer 2": ((2, "random", 0.9),)}
     write_checkpoint(path, "qwen", layers, small)
     model = model_qwen.load(path, device, torch.bfloat16, max_pixels=4096 * 784)
+    panels = {(unit, axis): {name: [] for name in schedules} for unit in ("ms", "MiB") for axis in ("visual tokens", "layers")}
+
+    def measure(stream, axis, at):
+        spent = evaluation.time_prefill(model, stream, schedules, "keep", rounds)
+        for name, schedule in schedules.items():
+            memory = extra_memory(lambda: tokprune.prefill(model, stream, schedule), device) / 2 ** 20
+            report.say(f"{stream.visual[1]} visual tokens, {model.num_layers} layers, {name}: prefill ms", spent[name]["median"],
+                       note=f"{memory:.0f} MiB at the peak, beside the weights")
+            panels["ms", axis][name].append((at, spent[name]["median"]))
+            panels["MiB", axis][name].append((at, memory))
+    for few in (3,) if small else (4, 8, 16, depth):
+        deepen(model, few)
+        measure(model.begin(IMAGE, QUESTION), "layers", few)
     for side in (8, 16) if small else (8, 16, 24, 32, 45, 64):
         stream = model.begin(IMAGE.resize((28 * side, 28 * side)), QUESTION)
-        spent = evaluation.time_prefill(model, stream, {"full": (), "pruned": ((2, "random", 0.9),)}, "keep", min(rounds, 3))
-        memory = [extra_memory(lambda: tokprune.prefill(model, stream, s), device) for s in ([], [(2, "random", 0.9)])]
-        points.append((side * side, spent["full"]["median"], spent["pruned"]["median"]))
-        for i, name in enumerate(("full", "pruned")):
-            report.say(f"{side * side} visual tokens, {layers} layers, {name}: prefill ms", spent[name]["median"],
-                       note=f"{memory[i] / 2 ** 20:.0f} MiB at the peak")
-        if side * side <= 2048:
-            at = model.run(stream, stop=2)
-            for method in METHODS:
-                select = evaluation.time_calls(lambda: tokprune.prune(model, at, method, side * side // 10), min(rounds, 3))
-                report.say(f"{side * side} visual tokens: {method}, ms to keep a tenth", select["median"])
-    stream = model.begin(IMAGE, QUESTION)
-    for stop in range(1, layers + 1):
-        ms = evaluation.time_calls(lambda: model.run(stream, stop=stop), min(rounds, 3))
-        report.say(f"{stream.visual[1]} visual tokens, {stop} layers: ms", ms["median"])
-    draw(points, Path(report.plot))
+        measure(stream, "visual tokens", side * side)
+        at = model.run(stream, stop=2)
+        for method in METHODS if side * side <= 2048 else ():
+            select = evaluation.time_calls(lambda: tokprune.prune(model, at, method, side * side // 10), rounds)
+            report.say(f"{side * side} visual tokens: {method}, ms to keep a tenth", select["median"])
+    draw(panels, Path(report.plot))
 
 
-def draw(points: list[tuple[int, float, float]], path: Path):
-    """Prefill ms against visual tokens, both logarithmic: grey whole, red pruned."""
-    picture = Image.new("RGB", (620, 400), "white")
+def draw(panels: dict, path: Path):
+    """Prefill time and memory against visual tokens and layers, both axes logarithmic."""
+    picture = Image.new("RGB", (1240, 800), "white")
     pen = ImageDraw.Draw(picture)
-    x = np.log([tokens for tokens, _, _ in points])
-    y = np.log([both for _, *both in points])
-
-    def place(i, j):
-        return 60 + 500 * (x[i] - x.min()) / max(np.ptp(x), 1e-9), 350 - 310 * (y[i, j] - y.min()) / max(np.ptp(y), 1e-9)
-    for j, (name, ink) in enumerate((("whole", "#7f7f7f"), ("90 % pruned at layer 2", "#d62728"))):
-        pen.line([place(i, j) for i in range(len(points))], ink, 2)
-        for i, point in enumerate(points):
-            px, py = place(i, j)
-            pen.ellipse((px - 3, py - 3, px + 3, py + 3), ink)
-            pen.text((px, py - 14), f"{point[1 + j]:.0f}", ink, anchor="mm")
-        pen.text((70, 20 + 16 * j), f"{name}, prefill ms", ink)
-    for i, (tokens, *_) in enumerate(points):
-        pen.text((place(i, 0)[0], 372), f"{tokens}", "black", anchor="mm")
-    pen.text((310, 390), "visual tokens", "black", anchor="mm")
+    for panel, ((unit, axis), curves) in enumerate(panels.items()):
+        left, top = 620 * (panel % 2), 400 * (panel // 2)
+        points = np.log([point for curve in curves.values() for point in curve])
+        (x0, y0), (x1, y1) = points.min(0), points.max(0)
+        pen.text((left + 310, top + 388), axis, "black", anchor="mm")
+        for number, ((name, curve), ink) in enumerate(zip(curves.items(), ("#7f7f7f", "#d62728"))):
+            dots = [(left + 60 + 500 * (math.log(x) - x0) / max(x1 - x0, 1e-9),
+                     top + 350 - 290 * (math.log(y) - y0) / max(y1 - y0, 1e-9)) for x, y in curve]
+            pen.line(dots, ink, 2)
+            pen.text((left + 60, top + 14 + 14 * number), f"{name}, {unit} of prefill", ink)
+            for (px, py), (x, y) in zip(dots, curve):
+                pen.ellipse((px - 3, py - 3, px + 3, py + 3), ink)
+                pen.text((px, py - 12), f"{y:.0f}", ink, anchor="mm")
+                pen.text((px, top + 370), f"{x}", "black", anchor="mm")
     picture.save(path)
 
 
 def part_cuda(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
-    """8. Whole models on a CUDA device: shares of its matrix rate and bandwidth, each method at layers 2 and 20, a run."""
+    """8. Whole models on a CUDA device: shares of its matrix rate and bandwidth, each method at layers 2 and 20, a run; and
+    whether the CPU says the same."""
     if device.type != "cuda" and not small:
         print("| on CUDA | not measured | no CUDA device | |")
         return
@@ -375,10 +386,10 @@ def part_cuda(report: Report, folder: Path, device, layers: int, rounds: int, sm
         for row in rows:
             name = f"{kind}, {row['schedule'] or 'unpruned'}"
             full = row is rows[0]
-            report.say(f"{name}: prefill, share of the matrix rate", row["share_of_peak"], 0.55 if full and not small else None,
+            report.say(f"{name}: prefill, share of the matrix rate", row["share_of_peak"], 0.55 if full else None,
                        note=milliseconds(row["prefill_ms"]) + f", peak {(row['peak_bytes'] or 0) / 2 ** 30:.1f} GiB")
             report.say(f"{name}: decode, share of the bandwidth", weights / bandwidth / row["decode_ms"]["median"] * 1000,
-                       0.60 if full and not small else None, note=milliseconds(row["decode_ms"]) + " a token")
+                       0.60 if full else None, note=milliseconds(row["decode_ms"]) + " a token")
         start = evaluation.now()
         for question in (questions := load_benchmark("mme", ROOT / "tiny")[:4 if small else 40]):
             model.answer(evaluation.read_image(question.image), question.prompt, max_new_tokens=4)
@@ -387,6 +398,9 @@ def part_cuda(report: Report, folder: Path, device, layers: int, rounds: int, sm
         start, stream = evaluation.now(), model.begin(IMAGE, QUESTION)
         tokprune.token_information(model, stream, "Yes", list(range(1, depth)))
         report.say(f"{kind}: information of all layers of one question, s", (evaluation.now() - start) / 1000)
+        logits = [m.logits(m.run(m.begin(IMAGE, QUESTION))).cpu() for m in (model, MODULES[kind].load(path, "cpu", torch.bfloat16))]
+        report.say(f"{kind}: largest difference from the CPU, share of the largest logit",
+                   ((logits[0] - logits[1]).abs().max() / logits[1].abs().max()).item(), 0.05, at_most=True)
         del model
 
 
@@ -405,18 +419,25 @@ def main(argv: list[str]) -> dict:
     parts = args.parts.split(",") if args.parts else [name for name in PARTS if not (args.smoke and name == "transformers")]
     if unknown := set(parts) - set(PARTS):
         p.error(f"--parts: unknown {', '.join(unknown)}; want some of {', '.join(PARTS)}")
-    device, report = torch.device(args.device), Report(args.plot)
+    device, report = torch.device(args.device), Report(args.plot, args.smoke)
     layers, rounds = (3, 1) if args.smoke else (args.layers, args.rounds)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}; median of "
-          f"{rounds} rounds [lowest, highest]\n\n| what | value | bar | note |\n|---|---:|---|---|")
+    name = gpu_name(device) if device.type == "cuda" else cpu_name()
+    packages = ["torch", "transformers"] if "transformers" in parts else ["torch"]
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    print(f"{name}, {torch.get_num_threads()} threads, {versions}, Python {platform.python_version()}; median of {rounds} rounds "
+          f"[lowest, highest]\n\n| what | value | bar | note |\n|---|---:|---|---|")
     for part in parts:
         with tempfile.TemporaryDirectory() as folder:
             PARTS[part](report, Path(folder), device, layers, rounds, args.smoke)
-    result = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "missed": report.missed,
+    result = {"device": name, "versions": versions, "threads": torch.get_num_threads(), "missed": report.missed,
               "found": report.found}
     print("\n" + json.dumps(result))
     return result
+
+
+def gpu_name(device) -> str:
+    driver = subprocess.check_output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], text=True).split()[0]
+    return f"{torch.cuda.get_device_name(device)}, driver {driver}, CUDA {torch.version.cuda}"
 
 
 def cpu_name() -> str:
