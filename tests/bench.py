@@ -12,7 +12,6 @@ import json
 import math
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -38,6 +38,8 @@ from published import HUB_7B  # noqa: E402
 MODULES = {"llava": model_llava, "qwen": model_qwen}
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (672, 672, 3), dtype=np.uint8))   # 576 visual tokens in both
 QUESTION = "What is written on the sign above the door, and which of the two people in front of it looks at the other one?"
+SPECIAL = {"llava": ["<image>"],
+           "qwen": ["<|image_pad|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]}
 ROUNDS = 10
 STEPS = 8                                               # tokens decoded at a time
 METHODS = [method for method in tokprune.METHODS if method not in tokprune.ORACLES]
@@ -47,6 +49,12 @@ METHODS = [method for method in tokprune.METHODS if method not in tokprune.ORACL
 
 def write_checkpoint(folder: Path, kind: str, layers: int, small: bool) -> int:
     """A model of 7B width with random bfloat16 weights, in shards under transformers' names -> bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>"))      # a word is a token: prompts as long as published ones
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(SPECIAL[kind])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    image_token = tokenizer.token_to_id(SPECIAL[kind][0])
     if kind == "llava":
         text = {"model_type": "llama", "num_hidden_layers": layers, "vocab_size": 32064, "rms_norm_eps": 1e-5}
         vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
@@ -56,11 +64,11 @@ def write_checkpoint(folder: Path, kind: str, layers: int, small: bool) -> int:
             text |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
             vision |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 3,
                        "image_size": 112}
-        config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": 300,
+        config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": image_token,
                   "text_config": text, "vision_config": vision, "vision_feature_layer": -2,
                   "vision_feature_select_strategy": "default"}
     else:
-        config = HUB_7B | {"num_hidden_layers": layers, "vocab_size": 32064, "image_token_id": 306,
+        config = HUB_7B | {"num_hidden_layers": layers, "vocab_size": 32064, "image_token_id": image_token,
                            "architectures": ["Qwen2_5_VLForConditionalGeneration"]}
         if small:
             config |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -68,9 +76,7 @@ def write_checkpoint(folder: Path, kind: str, layers: int, small: bool) -> int:
                        "vision_config": HUB_7B["vision_config"] | {
                            "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64,
                            "fullatt_block_indexes": [1]}}
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    shutil.copy(ROOT / "tests" / "golden" / f"{kind}_tied" / "tokenizer.json", folder)
     read, cls = MODULES[kind].read_config(folder), model_llava.Llava if kind == "llava" else model_qwen.Qwen
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in cls(read, None, {2}).named_parameters()}
