@@ -234,7 +234,7 @@ class Llava(nn.Module):
         repetition_penalty: logits of every token of prompt or answer are divided by it, negative ones multiplied, as in
         transformers; 1 changes nothing and is what LLaVA is evaluated with.
         """
-        stream = with_room(stream, max_new_tokens - 1)
+        stream = with_room(stream, max_new_tokens)
         answers = [[] for _ in range(len(stream.x))]
         ended = [False] * len(answers)
         seen = stream.ids.expand(len(answers), -1)                                 # (B, T at first and what is generated)

@@ -263,7 +263,7 @@ class Qwen(nn.Module):
         repetition_penalty: logits of every token of prompt (image included) or answer are divided by it, negative ones
         multiplied, as in transformers. The published generation_config.json says 1.05; 1 changes nothing.
         """
-        stream = with_room(stream, max_new_tokens - 1)
+        stream = with_room(stream, max_new_tokens)
         answers = [[] for _ in range(len(stream.x))]
         ended = [False] * len(answers)
         seen = stream.ids.expand(len(answers), -1)                                 # (B, T at first and what is generated)
