@@ -215,8 +215,8 @@ class Llava(nn.Module):
     def rope(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
         """Positions (B, T) -> cos and sin (B, 1, T, D), angles in float32."""
         angles = pos[:, None, :, None].float() * self.inv_freq
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.language_model.norm(x)
@@ -345,9 +345,8 @@ class RMSNorm(nn.Module):
 
 def rotate(x: Tensor, rope) -> Tensor:
     """Rotary embedding in LLaMA's half-split form: dimension i turns with i + D/2."""
-    cos, sin = rope
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    cos, sin = rope                                     # sin with the minus of the first half
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
 
 
 # ---- CLIP vision tower and projector ----------------------------------------------------------------------------

@@ -244,8 +244,8 @@ class Qwen(nn.Module):
         angles = pos[..., None].float() * self.inv_freq                            # (3, B, T, D/2)
         parts = angles.split(list(self.config.text.mrope_section), -1)
         angles = torch.cat([part[axis] for axis, part in enumerate(parts)], -1)[:, None]   # (B, 1, T, D/2)
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.model.norm(x)
@@ -392,9 +392,8 @@ class RMSNorm(nn.Module):
 
 def rotate(x: Tensor, rope) -> Tensor:
     """Rotary embedding in LLaMA's half-split form: dimension i turns with i + D/2."""
-    cos, sin = rope
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    cos, sin = rope                                     # sin with the minus of the first half
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
 
 
 # ---- vision tower and merger ------------------------------------------------------------------------------------
@@ -435,8 +434,8 @@ class VisionTower(nn.Module):
         y, x = torch.meshgrid(torch.arange(grid[0] * m, device=device), torch.arange(grid[1] * m, device=device), indexing="ij")
         inv_freq = 1e4 ** -(torch.arange(0, D // 2, 2, device=device).float() / (D // 2))
         angles = torch.cat([by_token(place[..., None], m) * inv_freq for place in (y, x)], -1)   # (P, D/2)
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def by_token(x: Tensor, m: int) -> Tensor:

@@ -24,8 +24,7 @@ LLAVA = {
         "        y = F.scaled_dot_product_attention(q, k, v,",
         "        k, v = (t.repeat(1, self.H // self.G, 1, 1) for t in (k, v))\n"
         "        y = F.scaled_dot_product_attention(q, k, v,"),
-    "interleaved rope": ("a, b = x.chunk(2, -1)\n    return x * cos + torch.cat([-b, a], -1) * sin",
-                         "a, b = x[..., ::2], x[..., 1::2]\n    return x * cos + torch.stack([-b, a], -1).flatten(-2) * sin"),
+    "interleaved rope": ("x.roll(x.shape[-1] // 2, -1)", "x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)"),
     "rope theta of the config ignored": ("    config.text.rope_theta = known(", "    ignored = known("),
     "rope theta when the config leaves it out": ("rope_theta: float = 1e4", "rope_theta: float = 1e6"),
     "no softmax scale": ("attn_mask=mask,", "attn_mask=mask, scale=1.0,"),
