@@ -208,7 +208,7 @@ class Llava(nn.Module):
         x, cache, q = stream.x, list(stream.cache), stream.queries
         rope = self.rope(stream.pos, x.dtype)
         for layer in range(stream.layer, stop):
-            q = None                                    # the last layer's alone are of use
+            q = None                                    # let go before the next layer runs; the last one's alone are used
             x, q, cache[layer] = self.language_model.layers[layer](x, rope, past=cache[layer])
         return replace(stream, layer=stop, x=x, cache=cache, queries=q)
 
@@ -234,7 +234,7 @@ class Llava(nn.Module):
         repetition_penalty: logits of every token of prompt or answer are divided by it, negative ones multiplied, as in
         transformers; 1 changes nothing and is what LLaVA is evaluated with.
         """
-        stream = with_room(stream, max_new_tokens)
+        stream = with_room(stream)
         answers = [[] for _ in range(len(stream.x))]
         ended = [False] * len(answers)
         seen = stream.ids.expand(len(answers), -1)                                 # (B, T at first and what is generated)
@@ -294,7 +294,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, rope, past=None, mask=None):
         """-> x, this layer's queries, (keys, values) of everything seen so far."""
         y, q, kv = self.self_attn(self.input_layernorm(x), rope, past, mask)
-        y = x + y
+        y = x + y                                       # y again: attention's output is let go
         return y + self.mlp(self.post_attention_layernorm(y)), q, kv
 
 
@@ -362,8 +362,8 @@ class VisionTower(nn.Module):
         self.encoder.layers = nn.ModuleList(VisionBlock(c) for _ in range(blocks))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        """(B, 3, S, S) -> patch features (B, V, width), and what returns (B, V) float32: how much CLS attends to each in the
-        last block."""
+        """(B, 3, S, S) -> patch features (B, V, width), and a function that returns (B, V) float32: how much CLS attends to
+        each in the last block."""
         x = self.pre_layrnorm(self.embeddings(pixels))                             # (B, 1+V, width)
         for block in self.encoder.layers:
             x, q, k = block(x)

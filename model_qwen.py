@@ -6,7 +6,6 @@ tokprune can take visual rows out of it. Everything here is the published model;
     B variants of one prompt   T rows   V visual tokens   P patches
     C width   H heads   G key/value heads   D head width   L layers
 """
-import functools
 import json
 import math
 import re
@@ -207,7 +206,7 @@ class Qwen(nn.Module):
         pixels, grid = image if isinstance(image, tuple) else self.preprocess(image)
         embed = self.model.embed_tokens
         device, dtype = embed.weight.device, embed.weight.dtype
-        features, saliency = self.visual(pixels[None].to(device, dtype), grid)     # (1, V, C), -> (1, V)
+        features, saliency = self.visual(pixels[None].to(device, dtype), grid)     # (1, V, C); saliency() -> (1, V)
         ids = self.tokenizer.encode(PROMPT.format(question=question)).ids
         places = [i for i, token in enumerate(ids) if token == self.config.image_token]
         if len(places) != 1:
@@ -234,7 +233,7 @@ class Qwen(nn.Module):
         x, cache, q = stream.x, list(stream.cache), stream.queries
         rope = self.rope(stream.pos, x.dtype)
         for layer in range(stream.layer, stop):
-            q = None                                    # the last layer's alone are of use
+            q = None                                    # let go before the next layer runs; the last one's alone are used
             x, q, cache[layer] = self.model.layers[layer](x, rope, past=cache[layer])
         return replace(stream, layer=stop, x=x, cache=cache, queries=q)
 
@@ -263,7 +262,7 @@ class Qwen(nn.Module):
         repetition_penalty: logits of every token of prompt (image included) or answer are divided by it, negative ones
         multiplied, as in transformers. The published generation_config.json says 1.05; 1 changes nothing.
         """
-        stream = with_room(stream, max_new_tokens)
+        stream = with_room(stream)
         answers = [[] for _ in range(len(stream.x))]
         ended = [False] * len(answers)
         seen = stream.ids.expand(len(answers), -1)                                 # (B, T at first and what is generated)
@@ -339,7 +338,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, rope, past=None, mask=None):
         """-> x, this layer's queries, (keys, values) of everything seen so far."""
         y, q, kv = self.self_attn(self.input_layernorm(x), rope, past, mask)
-        y = x + y
+        y = x + y                                       # y again: attention's output is let go
         return y + self.mlp(self.post_attention_layernorm(y)), q, kv
 
 
@@ -416,8 +415,8 @@ class VisionTower(nn.Module):
         self.merger = Merger(c)
 
     def forward(self, pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Callable[[], Tensor]]:
-        """(B, P, 1176) -> token features (B, V, C), and what returns (B, V) float32: how much the whole image attends to each
-        token in the last block of full attention. That is costly, and few methods ask."""
+        """(B, P, 1176) -> token features (B, V, C), and a function that returns (B, V) float32: how much the whole image attends
+        to each token in the last block of full attention. It is costly, and few methods ask."""
         x = F.linear(pixels, self.patch_embed.proj.weight.flatten(1))              # (B, P, width)
         rope = self.rope(grid, x.device)
         m = self.c.spatial_merge_size
@@ -426,7 +425,7 @@ class VisionTower(nn.Module):
             x, q, k = block(x, rope, None if i in self.c.fullatt_block_indexes else window)
             if i == max(self.c.fullatt_block_indexes):
                 last = q, k
-        return self.merger(x), functools.cache(lambda: column_mean(*last).unflatten(1, (-1, m * m)).mean(2))
+        return self.merger(x), lambda: column_mean(*last).unflatten(1, (-1, m * m)).mean(2)
 
     def rope(self, grid, device) -> tuple[Tensor, Tensor]:
         """cos and sin (P, D) float32: half of the frequencies turn with a patch's y, half with its x."""
