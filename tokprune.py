@@ -35,7 +35,7 @@ class Stream:
     visual: tuple[int, int]         # first visual row and V; visual rows are contiguous and keep their order
     origin: Tensor                  # (B or 1, V) index of each visual row among the N of the full image
     grid: tuple[int, int]           # rows and columns of the full image, N = rows * cols
-    cache: list                     # per layer (keys, values), each (B or 1, G, T of that layer, D), or None; see `with_room`
+    cache: list                     # per layer (keys, values), each (B or 1, G, T of that layer, D), or None; or `with_room`
     queries: Tensor | None          # (B, H, T, D) of the layer just run, for methods that look at attention
     ids: Tensor                     # (T at first,) token ids of the whole prompt, the image token's repeated
     embeds: Tensor                  # (T at first, C) their input embeddings, visual tokens in place
@@ -113,16 +113,21 @@ def prefill(model, stream: Stream, schedule: list, seed: int = 0, positions: str
     return model.run(stream)
 
 
-def with_room(stream: Stream, rows: int) -> Stream:
-    """The stream with its cache copied into tensors that have room for more rows, as (keys, values, how many rows are filled).
+def with_room(stream: Stream, rows: int = 16) -> Stream:
+    """The stream with its cache copied into tensors that have room for more rows, as (keys, values, how many are filled).
 
-    Decoding writes there in place, where it would copy every row for each new one; so this stream can go on only once.
+    Decoding writes there in place, where it would copy every row for each new one; so what this returns can be run on only
+    once.
     """
-    def roomy(t):
-        room = t.new_empty(len(stream.x), t.shape[1], t.shape[2] + rows, t.shape[3])
-        room[:, :, :t.shape[2]] = t
-        return room
-    return replace(stream, cache=[(roomy(k), roomy(v), k.shape[2]) for k, v in stream.cache])
+    B = len(stream.x)
+    return replace(stream, cache=[(roomy(k, B, rows), roomy(v, B, rows), k.shape[2]) for k, v in stream.cache])
+
+
+def roomy(t: Tensor, B: int, rows: int) -> Tensor:
+    """(B or 1, G, T, D) -> (B, G, T + rows, D), the last ones to be written."""
+    room = t.new_empty(B, t.shape[1], t.shape[2] + rows, t.shape[3])
+    room[:, :, :t.shape[2]] = t
+    return room
 
 
 def extend(past: tuple, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
@@ -132,6 +137,8 @@ def extend(past: tuple, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
         return k, v, (k, v)
     keys, values, filled = past
     end = filled + k.shape[2]
+    if end > keys.shape[2]:
+        keys, values = (roomy(t, len(t), end) for t in (keys, values))          # doubled
     keys[:, :, filled:end], values[:, :, filled:end] = k, v
     return keys[:, :, :end], values[:, :, :end], (keys, values, end)
 
@@ -140,7 +147,7 @@ def extend(past: tuple, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
 
 @dataclass
 class View:
-    """What a method may look at, of one variant at the input of `layer`; plain tensors, so one can be built by hand."""
+    """What a method may look at, of one variant at the input of `layer`; tensors and functions, so one can be built by hand."""
     layer: int
     visual: tuple[int, int]                             # first visual row and V
     x: Tensor                                           # (T, C) hidden states
@@ -277,13 +284,13 @@ def divprune(view: View, n: int) -> Tensor:
     f = F.normalize(view.x_visual, dim=1)
     distance = 1 - f @ f.T                                                                  # (V, V)
     nearest = distance.clone().fill_diagonal_(torch.inf).amin(1)
-    picked = [nearest.argmax()]
-    nearest = distance[picked[0]].clone()
+    picked = [nearest.argmax(0, keepdim=True)]                                             # (1,): a number would wait for the GPU
+    nearest = distance[picked[0]][0]
     while len(picked) < n:
         nearest[picked[-1]] = -torch.inf
-        picked.append(nearest.argmax())
-        nearest = torch.minimum(nearest, distance[picked[-1]])
-    return torch.stack(picked).sort().values
+        picked.append(nearest.argmax(0, keepdim=True))
+        nearest = torch.minimum(nearest, distance[picked[-1]][0])
+    return torch.cat(picked).sort().values
 
 
 def scope(view: View, n: int) -> Tensor:
@@ -294,9 +301,9 @@ def scope(view: View, n: int) -> Tensor:
     free = torch.ones_like(saliency, dtype=torch.bool)
     for _ in range(n):
         gain = (similarity - covered[:, None]).clamp(min=0).sum(0) * saliency
-        pick = gain.masked_fill(~free, -torch.inf).argmax()
+        pick = gain.masked_fill(~free, -torch.inf).argmax(0, keepdim=True)
         free[pick] = False
-        covered = torch.maximum(covered, similarity[:, pick])
+        covered = torch.maximum(covered, similarity[:, pick][:, 0])
     return (~free).nonzero()[:, 0]
 
 
@@ -342,49 +349,58 @@ def token_information(model, stream: Stream, answer: str, layers: list[int], win
     the sum over the answer's tokens of P(y_t | y_<t), teacher-forced; "each": the terms, along one more axis at the end.
 
     All layers share one unpruned run, and rows that no removed token can reach are never computed again: their keys and
-    values are taken from it. Windows with equally many rows left to run are one batch over all layers, of at most about
+    values are taken from it. Windows with equally many rows left to run are one batch, over all layers, of at most
     max_batch_tokens rows.
     """
     assert mode in ("keep-one", "leave-one-out") and target in ("first", "answer", "each"), f"mode {mode!r}, target {target!r}"
     ids = model.answer_ids(answer)[:1 if target == "first" else None]
     forced = model.append(stream, torch.tensor([ids[:-1]], dtype=torch.long, device=stream.x.device))
     stream = replace(stream, x=torch.cat([stream.x, forced.x], 1), pos=torch.cat([stream.pos, forced.pos], -1))
-    at = {}
+    at = []
     for layer in sorted(set(layers)):
-        stream = at[layer] = model.run(stream, stop=layer)
+        stream = model.run(stream, stop=layer)
+        at.append(stream)
     full, V = model.run(stream), stream.visual[1]
     windows = windows_of(stream.grid, window)
     found = torch.zeros(len(at), len(windows), len(ids))
-    for (first, rows), members in group_windows(stream.grid, window, mode).items():
+    for (first, _), members in group_windows(stream.grid, window, mode).items():
         if mode == "leave-one-out":
             kept = torch.stack([torch.tensor(sorted({*range(first, V)} - {*windows[i].tolist()})) - first for i in members])
         else:
             kept = torch.stack([windows[i] for i in members])
-        size = max(1, max_batch_tokens // (full.x.shape[1] - V + first + rows) // len(at))
-        found[:, members] = torch.cat([left(model, at, full, first, part, ids) for part in kept.split(size)], 1)
+        found[:, members] = left(model, at, full, first, kept, ids, max_batch_tokens)
     if mode == "leave-one-out":
         found = probabilities(model, full, ids).cpu() - found
     else:
-        found -= left(model, at, full, 0, torch.zeros(1, 0, dtype=torch.long), ids)
-    found = found[[list(at).index(layer) for layer in layers]].unflatten(1, [-(-side // window) for side in stream.grid])
+        found -= left(model, at, full, 0, torch.zeros(1, 0, dtype=torch.long), ids, max_batch_tokens)
+    found = found[[sorted(set(layers)).index(layer) for layer in layers]]
+    found = found.unflatten(1, [-(-side // window) for side in stream.grid])
     return found if target == "each" else found.sum(-1)
 
 
-def left(model, at: dict[int, Stream], full: Stream, first: int, kept: Tensor, ids: list) -> Tensor:
-    """P(y_t), (layers, B, tokens), with the visual tokens before `first` and of the others only those of kept (B, n), counted from it,
-    from each layer of `at` on. Every row before `first` is in the cache already, from the unpruned run `full`; variants
-    that begin at a deeper layer join the others there, so that all are one pass through the layers."""
-    (start, V), going = full.visual, None
-    for layer, stream in at.items():
-        cache = [None if i < layer else (k[:, :, :start + first], v[:, :, :start + first]) for i, (k, v) in enumerate(full.cache)]
-        new = keep(replace(stream, x=stream.x[:, start + first:], pos=stream.pos[..., start + first:], visual=(0, V - first),
-                           origin=stream.origin[:, first:], cache=cache), kept)
-        if going:
-            going = model.run(going, stop=layer)
-            new = replace(new, x=torch.cat([going.x, new.x]), pos=torch.cat([going.pos, new.pos], -2),
-                          origin=torch.cat([going.origin, new.origin]))
-        going = new
-    return probabilities(model, model.run(going), ids).unflatten(0, (len(at), -1)).cpu()
+def left(model, at: list[Stream], full: Stream, first: int, kept: Tensor, ids: list, max_batch_tokens: int) -> Tensor:
+    """P(y_t), (layers, B, tokens), where from the layer of each stream in `at` on these visual tokens are left: all before
+    `first`, and of the others kept (B, n), counted from it.
+
+    Rows before `first` are taken from the cache of the unpruned run `full`. What begins at a deeper layer joins there.
+    """
+    start, V = full.visual
+    room = max(1, max_batch_tokens // (full.x.shape[1] - V + first + kept.shape[1]))          # variants in a batch
+    if len(at) > room:
+        return torch.cat([left(model, at[i:i + room], full, first, kept, ids, max_batch_tokens) for i in range(0, len(at), room)])
+    if len(at) * len(kept) > room:
+        return torch.cat([left(model, at, full, first, part, ids, max_batch_tokens) for part in kept.split(room // len(at))], 1)
+    cache = [(k[:, :, :start + first], v[:, :, :start + first]) for k, v in full.cache]
+    begin, going = {stream.layer: stream for stream in at}, None
+    for layer in range(at[0].layer, model.num_layers):
+        if stream := begin.get(layer):
+            new = keep(replace(stream, x=stream.x[:, start + first:], pos=stream.pos[..., start + first:],
+                               visual=(0, V - first), origin=stream.origin[:, first:]), kept)
+            going = new if going is None else replace(
+                new, x=torch.cat([going.x, new.x]), pos=torch.cat([going.pos, new.pos], -2),
+                origin=torch.cat([going.origin, new.origin]))
+        going = model.run(replace(going, cache=cache), stop=layer + 1)          # nobody asks for the new keys and values again
+    return probabilities(model, going, ids).unflatten(0, (len(at), -1)).cpu()
 
 
 def probabilities(model, stream: Stream, ids: list) -> Tensor:

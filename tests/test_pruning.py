@@ -270,21 +270,35 @@ def test_the_two_modes_and_the_two_targets_differ(model, answer):
     assert all((a - b).abs().max() > 3e-5 for i, a in enumerate(maps) for b in maps[:i])
 
 
-@pytest.mark.parametrize("mode", ["keep-one", "leave-one-out"])
-@pytest.mark.parametrize("window", [2, 3])
-def test_information_costs_the_flops_it_says(model, start, window, mode):
+def calls_of_layers(model, work):
     """Every call of every layer seen: its variants, rows, and rows in the cache."""
-    (first, N), config, layers, calls = start.visual, model.config.text, [0, 1, 2], []
+    calls = []
 
     def seen(module, args, kwargs):
         calls.append((*args[0].shape[:2], 0 if kwargs["past"] is None else kwargs["past"][0].shape[2]))
     hooks = [layer.register_forward_pre_hook(seen, with_kwargs=True) for layer in decoder(model).layers]
-    tokprune.token_information(model, start, "Y", layers, window, mode)
+    work()
     for hook in hooks:
         hook.remove()
+    return calls
+
+
+@pytest.mark.parametrize("mode", ["keep-one", "leave-one-out"])
+@pytest.mark.parametrize("window", [2, 3])
+def test_information_costs_the_flops_it_says(model, start, window, mode):
+    (first, N), config, layers = start.visual, model.config.text, [0, 1, 2]
+    calls = calls_of_layers(model, lambda: tokprune.token_information(model, start, "Y", layers, window, mode))
     spent = sum(B * tokprune.flops(config, [T], past) for B, T, past in calls)
     ours, _ = tokprune.information_flops(config, (first, start.x.shape[1] - first - N), start.grid, layers, window, mode)
     assert spent == ours
+
+
+@pytest.mark.parametrize("mode", ["keep-one", "leave-one-out"])
+@pytest.mark.parametrize("bound", [1, 600, 1000])
+def test_no_batch_of_windows_is_larger_than_asked(model, start, bound, mode):
+    calls = calls_of_layers(model, lambda: tokprune.token_information(model, start, "Y", [0, 1, 2], 2, mode, "first", bound))
+    assert all(B == 1 or B * (T + past) <= bound for B, T, past in calls)
+    assert any(B > 1 for B, _, _ in calls) == (bound > 1)
 
 
 def test_information_is_20_times_cheaper_than_the_official_procedure_on_llava_7b():
