@@ -16,6 +16,7 @@ import platform
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -93,14 +95,14 @@ def answer_cells(model, question: Question, image, cells: list[Cell], args) -> d
     at, s = {}, stream
     for layer in sorted({layer for layer, _, _ in stages}):
         s = at[layer] = model.run(s, stop=layer)
-    full = model.run(s)
+    full = model.run(s) if any(not cell.schedule for cell in cells) else None
     measuring = now()
     oracle, layers = {}, sorted({layer for layer, method, _ in stages if method in ORACLES})
     maps = token_information(model, stream, question.gold, layers, args.window, target="each",
                              max_batch_tokens=args.max_batch_tokens) if layers else []
     for layer, found in zip(layers, maps):              # (rows, cols, tokens of the answer)
-        oracle[layer] = {"info": per_token(found[..., 0], full.grid, args.window),
-                         "info-answer": per_token(found.sum(-1), full.grid, args.window)}
+        oracle[layer] = {"info": per_token(found[..., 0], stream.grid, args.window),
+                         "info-answer": per_token(found.sum(-1), stream.grid, args.window)}
     measured = now()
     batches = defaultdict(list)
     for cell in cells:
@@ -494,7 +496,8 @@ def timed(cells: list[Cell]) -> dict[str, tuple]:
 
 def measure_speed(model, image, prompt: str, cells: list[Cell], args, rounds: int, new_tokens: int = 8) -> list[dict]:
     """A row for each schedule: tower (image and prompt to the input of layer 0), prefill, its selections alone, a decoded token;
-    cache and peak memory in bytes; prefill FLOPs, and their rate as a share of a bare matrix product's on this device."""
+    bytes of the cache, and of prefill at its peak beside the weights; prefill FLOPs, and their rate as a share of a bare matrix
+    product's on this device."""
     weight = next(model.parameters())
     stream = model.begin(image, prompt)
     N, T = stream.visual[1], stream.x.shape[1]
@@ -508,13 +511,11 @@ def measure_speed(model, image, prompt: str, cells: list[Cell], args, rounds: in
             at = model.run(s, stop=layer)
             select += time_calls(lambda: prune(model, at, method, count(amount, N), positions=args.positions), rounds)["median"]
             s = prune(model, at, method, count(amount, N), positions=args.positions)
-        del s
-        forget_peak(weight.device)
+        memory = extra_memory(lambda: prefill(model, stream, schedule, positions=args.positions), weight.device)
         full = prefill(model, stream, schedule, positions=args.positions)
-        memory = peak_memory(weight.device)
 
         def decode():
-            s = with_room(full, new_tokens)
+            s = with_room(full)
             for _ in range(new_tokens):
                 s = model.run(model.append(s, token))
                 model.logits(s)
@@ -539,20 +540,29 @@ def matrix_rate(like: torch.Tensor, rounds: int = 5) -> float:
     return 2 * n ** 3 / time_calls(lambda: a @ a, rounds)["low"] * 1000
 
 
-def forget_peak(device):
+def device_name(device) -> str:
+    """The GPU with its driver and CUDA version, or the CPU's model where Linux tells."""
+    if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split() if shutil.which("nvidia-smi") else []
+        return f"{torch.cuda.get_device_name(device)}, driver {(driver or ['unknown'])[0]}, CUDA {torch.version.cuda}"
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.machine()
+
+
+def extra_memory(call, device) -> int:
+    """Most bytes that torch holds for a call at once, beside what it held before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device) -> int | None:
-    """Most bytes in use since `forget_peak`, weights included: of the device, or of the process where Linux tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else None
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ["KINETO_LOG_LEVEL"] = "6"                # else the profiler says on stderr that it starts and stops
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 # ---- report -----------------------------------------------------------------------------------------------------
@@ -867,6 +877,8 @@ def load_model(args):
         torch.empty(0, device=device)
     except Exception as e:                              # torch raises what the backend raises
         raise InputError(f"--device {device}: not usable here ({str(e).splitlines()[0]})")
+    if device != "cpu":
+        torch.cuda.set_device(device)                   # the one that `now` waits for
     if not args.model.is_dir():
         raise InputError(f"--model {args.model}: no such folder; want a checkpoint folder with config.json")
     kind = read_json(args.model / "config.json").get("model_type")
@@ -919,7 +931,7 @@ def provenance(args, model, data: dict) -> dict:
             "packages": {name: version(name) for name in ("torch", "safetensors", "tokenizers", "pillow", "numpy")},
             "commit": git("rev-parse", "HEAD") + " and changes" * bool(git("status", "--porcelain", "--untracked-files=no")),
             "processes": WORLD, "threads": torch.get_num_threads(),
-            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "device_name": device_name(device),
             "config_sha256": hashlib.sha256((args.model / "config.json").read_bytes()).hexdigest(),
             "shard_headers_sha256": {shard.name: hashlib.sha256(header(shard)).hexdigest()
                                      for shard in sorted(args.model.glob("*.safetensors"))},
@@ -1096,18 +1108,19 @@ def report_speed(model, image, prompt: str, cells: list[Cell], args) -> dict:
     rows = measure_speed(model, image, prompt, cells, args, ROUNDS)
     full, MiB = rows[0], 2 ** 20
     tower = full["tower_ms"]
-    print(f"\n{where(model)}; tower {tower['median']:.1f} ms [{tower['low']:.1f}, {tower['high']:.1f}]; a matrix product reaches "
-          f"{full['peak_flops'] / 1e9:.0f} GFLOP/s\n")
+    device, weights = next(model.parameters()).device, sum(p.numel() * p.element_size() for p in model.parameters())
+    print(f"\n{device_name(device)}, torch {torch.__version__}; {where(model)}; a matrix product reaches "
+          f"{full['peak_flops'] / 1e9:.0f} GFLOP/s\nimage and tower {tower['median']:.1f} ms [{tower['low']:.1f}, "
+          f"{tower['high']:.1f}]; weights {weights / MiB:.1f} MiB\n")
     print_heads(["schedule", "prefill ms", "times faster", "times fewer FLOPs", "select ms", "decode ms/token", "tokens/s",
-                 "cache MiB", "peak MiB", "GFLOPs", "of peak"])
+                 "cache MiB", "prefill MiB", "GFLOPs", "of peak"])
     for row in rows:
         span, step = row["prefill_ms"], row["decode_ms"]
-        memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / MiB:.0f}"
         print(f"| {row['schedule'] or 'unpruned'} | {span['median']:.1f} [{span['low']:.1f}, {span['high']:.1f}] | "
               f"{full['prefill_ms']['median'] / span['median']:.2f} | {full['gflops'] / row['gflops']:.2f} | "
               f"{row['select_ms']:.2f} | {step['median']:.2f} [{step['low']:.2f}, {step['high']:.2f}] | "
-              f"{row['tokens_per_second']:.0f} | {row['cache_bytes'] / MiB:.2f} | {memory} | {row['gflops']:.3g} | "
-              f"{row['share_of_peak']:.0%} |")
+              f"{row['tokens_per_second']:.0f} | {row['cache_bytes'] / MiB:.2f} | {row['peak_bytes'] / MiB:.2f} | "
+              f"{row['gflops']:.3g} | {row['share_of_peak']:.0%} |")
     print()
     return {"speed": rows}
 

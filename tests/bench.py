@@ -1,11 +1,12 @@
 """Speed as ratios, measured side by side in one run on the machine that the first line names.
 
-    python tests/bench.py                             every part, about an hour on two cores; --parts picks some
+    python tests/bench.py                             every part; --parts picks some
     python tests/bench.py --parts transformers        against transformers 5.23, which has to be installed for this part alone
     python tests/bench.py --smoke                     every part but that on tiny shapes, for what runs, not for how fast
 
-Checkpoints of LLaVA-1.5-7B and Qwen2.5-VL-7B width, cut to --layers, are made up in the temporary folder. On a CUDA device, if
-there is one (--device cpu: not on it). Each bar is aim or promise; what misses one is marked. The last line is JSON.
+Checkpoints of LLaVA-1.5-7B and Qwen2.5-VL-7B width, cut to --layers, are made up in the temporary folder; parts that need a
+deeper model use those layers in turn. On a CUDA device, if there is one (--device cpu: not on it). Each bar is aim or promise;
+what misses one is marked. The last line is JSON.
 """
 import argparse
 import json
@@ -17,7 +18,6 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ import model_llava  # noqa: E402
 import model_qwen  # noqa: E402
 import tokprune  # noqa: E402
 from benchmarks import load_benchmark  # noqa: E402
+from checkpoints import decoder  # noqa: E402
 from published import HUB_7B  # noqa: E402
 
 MODULES = {"llava": model_llava, "qwen": model_qwen}
@@ -50,7 +51,8 @@ METHODS = [method for method in tokprune.METHODS if method not in tokprune.ORACL
 def write_checkpoint(folder: Path, kind: str, layers: int, small: bool) -> int:
     """A model of 7B width with random bfloat16 weights, in shards under transformers' names -> bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>"))      # a word is a token: prompts as long as published ones
+    words = ["<unk>", *sorted(set(re.findall(r"\w+|[^\w\s]+", MODULES[kind].PROMPT + QUESTION)))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))      # about as many as published
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(SPECIAL[kind])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -68,7 +70,8 @@ def write_checkpoint(folder: Path, kind: str, layers: int, small: bool) -> int:
                   "text_config": text, "vision_config": vision, "vision_feature_layer": -2,
                   "vision_feature_select_strategy": "default"}
     else:
-        config = HUB_7B | {"num_hidden_layers": layers, "vocab_size": 32064, "image_token_id": image_token,
+        config = HUB_7B | {"num_hidden_layers": layers, "image_token_id": image_token,
+                           "vocab_size": HUB_7B["vocab_size"] if layers == HUB_7B["num_hidden_layers"] else 32064,
                            "architectures": ["Qwen2_5_VLForConditionalGeneration"]}
         if small:
             config |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -102,24 +105,10 @@ def write_checkpoint(folder: Path, kind: str, layers: int, small: bool) -> int:
 
 # ---- timing -----------------------------------------------------------------------------------------------------
 
-def extra_memory(call, device) -> int:
-    """Most bytes that torch holds for a call at once, above what it held before."""
-    if device.type == "cuda":
-        evaluation.forget_peak(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return evaluation.peak_memory(device) - before
-    with torch.profiler.profile(profile_memory=True) as profiler:           # the process's own peak depends on what it did before
-        call()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
-
-
 def deepen(model, depth: int):
-    """The model as deep as the published one on the weights of a few layers, used in turn: the same work in less memory."""
-    decoder = model.language_model if hasattr(model, "language_model") else model.model
-    few = list(decoder.layers)
-    decoder.layers = torch.nn.ModuleList(few[i % len(few)] for i in range(depth))
+    """The model with `depth` layers on the weights of the few it has, used in turn: the work of a deep one in less memory."""
+    few = list(decoder(model).layers)
+    decoder(model).layers = torch.nn.ModuleList(few[i % len(few)] for i in range(depth))
     model.num_layers = model.config.text.num_hidden_layers = depth
 
 
@@ -179,10 +168,11 @@ def compare(report, label, kind, ours, theirs, device, rounds):
     full, token = ours.run(stream), stream.ids[-1:][None]
     past = their_prefill()[1]
     at = torch.full((1, 1) if kind == "llava" else (3, 1, 1), stream.next_pos, device=device)
-    difference = (ours.logits(full) - their_prefill()[0].float()).abs().max().item()
+    wanted = their_prefill()[0].float()
+    difference = ((ours.logits(full) - wanted).abs().max() / wanted.abs().max()).item()
 
     def our_decode():
-        stream = tokprune.with_room(full, STEPS)
+        stream = tokprune.with_room(full)
         for _ in range(STEPS):
             stream = ours.run(ours.append(stream, token))
             ours.logits(stream)
@@ -192,16 +182,20 @@ def compare(report, label, kind, ours, theirs, device, rounds):
             out = text(inputs_embeds=text.embed_tokens(token), position_ids=at + step, past_key_values=past, use_cache=True)
             theirs.lm_head(out.last_hidden_state[:, -1])
         past.crop(-STEPS)                               # the same length every time
-    bars = {"tower": 1.05, "prefill": 1.0, "decoding": 1.3 if device.type == "cuda" else 1.0}
+    decoding = f"decoding {STEPS} tokens"
+    bars = {"tower": 1.05, "prefill": 1.0, decoding: 1.3 if device.type == "cuda" else 1.0}
     calls = {"tower": (our_tower, their_tower), "prefill": (lambda: ours.logits(ours.run(stream)), their_prefill),
-             "decoding": (our_decode, their_decode)}
+             decoding: (our_decode, their_decode)}
     for name, (one, other) in calls.items():
         spent = evaluation.in_turns({"ours": one, "theirs": other}, rounds)
         report.say(f"{label}: {name}, times faster than transformers", spent["theirs"]["median"] / spent["ours"]["median"],
                    bars[name], note=milliseconds(spent["ours"], spent["theirs"]))
-    memory = extra_memory(calls["prefill"][0], device) / max(extra_memory(calls["prefill"][1], device), 1)
-    report.say(f"{label}: peak memory of prefill, share of transformers'", memory, 1.0, at_most=True,
-               note=f"logits differ by {difference:.1e}")
+    for name in ("tower", "prefill"):
+        memory = [evaluation.extra_memory(call, device) / 2 ** 20 for call in calls[name]]
+        report.say(f"{label}: peak memory of {name}, share of transformers'", memory[0] / memory[1], 1.0, at_most=True,
+                   note="{:.1f} MiB against {:.1f} MiB, beside the weights".format(*memory))
+    report.say(f"{label}: difference of logits, share of the largest", difference, 1e-4 if dtype == torch.float32 else 0.05,
+               at_most=True)
 
 
 def part_pruning(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
@@ -250,7 +244,7 @@ def part_sweep(report: Report, folder: Path, device, layers: int, rounds: int, s
                note=f"{together / 1000:.1f} s against {alone / 1000:.1f} s")
     report.say("sweep: share of answers that are the same", float(same), 1)
     image = evaluation.read_image(questions[0].image)
-    memory = [extra_memory(lambda: evaluation.answer_cells(model, questions[0], image, part, args), device)
+    memory = [evaluation.extra_memory(lambda: evaluation.answer_cells(model, questions[0], image, part, args), device)
               for part in (few, cells)]
     report.say(f"sweep: peak memory of {len(cells)} cells above that of {len(few)}, MiB", (memory[1] - memory[0]) / 2 ** 20,
                note="of one question, beside the weights")
@@ -285,19 +279,18 @@ def part_information(report: Report, folder: Path, device, layers: int, rounds: 
     report.say("information: largest difference from the naive loop", gap.abs().max().item(), 1e-5, at_most=True)
 
 
-CHILD = """
+LOAD_AND_ASK = """
 import re, sys, time, torch, model_llava
+from PIL import Image
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before, start = peak(), time.time()
-model = model_llava.load(sys.argv[1], "cpu", getattr(torch, sys.argv[2]))
+model = model_llava.load(sys.argv[1], "cpu", torch.bfloat16)
 for p in model.parameters():
     p.view(-1)[::512].sum()
 print(peak() - before, time.time() - start)
-if len(sys.argv) > 3:
-    from PIL import Image
-    start = time.time()
-    model.answer(Image.new("RGB", (640, 480), "red"), "What is this?", max_new_tokens=4)
-    print(time.time() - start)
+start = time.time()
+model.answer(Image.new("RGB", (640, 480), "red"), "What is this?", max_new_tokens=4)
+print(time.time() - start)
 """
 
 
@@ -315,7 +308,7 @@ def part_loading(report: Report, folder: Path, device, layers: int, rounds: int,
         return time.time() - start
     read()                                              # both find the files in the page cache
     reading = read()
-    lines = subprocess.check_output([sys.executable, "-c", CHILD, path, "bfloat16", "answer"], cwd=ROOT, text=True).split()
+    lines = subprocess.check_output([sys.executable, "-c", LOAD_AND_ASK, path], cwd=ROOT, text=True).split()
     report.say(f"loading {size / 1e9:.1f} GB: peak memory, share of the checkpoint", int(lines[0]) / size, 1.1, at_most=True)
     report.say("loading and touching every page, times as long as reading the files", float(lines[1]) / reading, 1.3,
                at_most=True, note=f"{float(lines[1]):.1f} s against {reading:.1f} s, in the page cache")
@@ -333,9 +326,9 @@ def part_growth(report: Report, folder: Path, device, layers: int, rounds: int, 
     def measure(stream, axis, at):
         spent = evaluation.time_prefill(model, stream, schedules, "keep", rounds)
         for name, schedule in schedules.items():
-            memory = extra_memory(lambda: tokprune.prefill(model, stream, schedule), device) / 2 ** 20
-            report.say(f"{stream.visual[1]} visual tokens, {model.num_layers} layers, {name}: prefill ms", spent[name]["median"],
-                       note=f"{memory:.0f} MiB at the peak, beside the weights")
+            memory = evaluation.extra_memory(lambda: tokprune.prefill(model, stream, schedule), device) / 2 ** 20
+            report.say(f"by {axis}: {stream.visual[1]} tokens, {model.num_layers} layers, {name}: prefill ms",
+                       spent[name]["median"], note=f"{memory:.0f} MiB at the peak, beside the weights")
             panels["ms", axis][name].append((at, spent[name]["median"]))
             panels["MiB", axis][name].append((at, memory))
     for few in (3,) if small else (4, 8, 16, depth):
@@ -382,10 +375,10 @@ def part_cuda(report: Report, folder: Path, device, layers: int, rounds: int, sm
         path, depth = folder / f"{kind}-whole", layers if small else {"llava": 32, "qwen": 28}[kind]
         write_checkpoint(path, kind, depth, small)
         model = MODULES[kind].load(path, device, torch.bfloat16)
-        weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters()
-                      if "vis" not in name and "embed" not in name)
+        weights = sum(p.numel() * p.element_size() for part in (*decoder(model).layers, model.lm_head) for p in part.parameters())
         a = torch.empty(2 ** 24 if small else 2 ** 31, dtype=torch.uint8, device=device)
         bandwidth = 2 * len(a) / evaluation.time_calls(a.clone, rounds)["low"] * 1000
+        del a
         deep = [layer for layer in (2, 20) if layer < depth]
         args = evaluation.parse_arguments(["--layer", ",".join(map(str, deep)), "--ratio", "0.9", "--seeds", "1"])
         rows = evaluation.measure_speed(model, IMAGE, QUESTION, evaluation.parse_cells(args, depth), args, rounds)
@@ -393,21 +386,27 @@ def part_cuda(report: Report, folder: Path, device, layers: int, rounds: int, sm
             name = f"{kind}, {row['schedule'] or 'unpruned'}"
             full = row is rows[0]
             report.say(f"{name}: prefill, share of the matrix rate", row["share_of_peak"], 0.55 if full else None,
-                       note=milliseconds(row["prefill_ms"]) + f", peak {(row['peak_bytes'] or 0) / 2 ** 30:.1f} GiB")
+                       note=milliseconds(row["prefill_ms"]) + f", {row['gflops'] / row['prefill_ms']['median']:.1f} TFLOP/s of "
+                       f"{row['peak_flops'] / 1e12:.1f}; {row['peak_bytes'] / 2 ** 30:.2f} GiB at the peak, beside the weights")
             report.say(f"{name}: decode, share of the bandwidth", weights / bandwidth / row["decode_ms"]["median"] * 1000,
-                       0.60 if full else None, note=milliseconds(row["decode_ms"]) + " a token")
+                       0.60 if full else None, note=milliseconds(row["decode_ms"]) + f" a token; {bandwidth / 1e9:.0f} GB/s")
+        images = [folder / f"{i}.jpg" for i in range(4 if small else 40)]
+        for file in images:
+            IMAGE.resize((640, 480)).save(file)
+        model.answer(IMAGE, QUESTION, max_new_tokens=4)
         start = evaluation.now()
-        for question in (questions := load_benchmark("mme", ROOT / "tiny")[:4 if small else 40]):
-            model.answer(evaluation.read_image(question.image), question.prompt, max_new_tokens=4)
-        report.say(f"{kind}: questions per second, MME-shaped, images read too",
-                   1000 * len(questions) / (evaluation.now() - start))
-        start, stream = evaluation.now(), model.begin(IMAGE, QUESTION)
-        tokprune.token_information(model, stream, "Yes", list(range(1, depth)))
-        report.say(f"{kind}: information of all layers of one question, s", (evaluation.now() - start) / 1000)
-        logits = [m.logits(m.run(m.begin(IMAGE, QUESTION))).cpu() for m in (model, MODULES[kind].load(path, "cpu", torch.bfloat16))]
-        report.say(f"{kind}: largest difference from the CPU, share of the largest logit",
-                   ((logits[0] - logits[1]).abs().max() / logits[1].abs().max()).item(), 0.05, at_most=True)
-        del model
+        for file in images:
+            model.answer(evaluation.read_image(file), "Is there a dog in the image? Please answer yes or no.", max_new_tokens=4)
+        report.say(f"{kind}: MME-shaped questions per second, images of 640x480 read too",
+                   1000 * len(images) / (evaluation.now() - start))
+        stream = model.begin(IMAGE, QUESTION)
+        spent = evaluation.time_calls(lambda: tokprune.token_information(model, stream, "Yes", list(range(1, depth))), 1)
+        report.say(f"{kind}: information of all layers of one question, s", spent["median"] / 1000)
+        on_cpu = MODULES[kind].load(path, "cpu", torch.bfloat16)
+        here, there = (m.logits(m.run(m.begin(IMAGE, QUESTION))).cpu() for m in (model, on_cpu))
+        report.say(f"{kind}: difference of logits from the CPU's, share of the largest",
+                   ((here - there).abs().max() / there.abs().max()).item(), 0.05, at_most=True)
+        del model, on_cpu
 
 
 PARTS = {name[5:]: part for name, part in globals().copy().items() if name.startswith("part_")}
@@ -427,11 +426,11 @@ def main(argv: list[str]) -> dict:
         p.error(f"--parts: unknown {', '.join(unknown)}; want some of {', '.join(PARTS)}")
     device, report = torch.device(args.device), Report(args.plot, args.smoke)
     layers, rounds = (3, 1) if args.smoke else (args.layers, args.rounds)
-    name = gpu_name(device) if device.type == "cuda" else cpu_name()
+    name = evaluation.device_name(device)
     packages = ["torch", "transformers"] if "transformers" in parts else ["torch"]
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    print(f"{name}, {torch.get_num_threads()} threads, {versions}, Python {platform.python_version()}; median of {rounds} rounds "
-          f"[lowest, highest]\n\n| what | value | bar | note |\n|---|---:|---|---|")
+    print(f"{name}, {torch.get_num_threads()} threads, {versions}, Python {platform.python_version()}; median of {rounds} rounds, "
+          f"of fewer where a round takes minutes [lowest, highest]\n\n| what | value | bar | note |\n|---|---:|---|---|")
     for part in parts:
         with tempfile.TemporaryDirectory() as folder:
             PARTS[part](report, Path(folder), device, layers, rounds, args.smoke)
@@ -439,17 +438,6 @@ def main(argv: list[str]) -> dict:
               "found": report.found}
     print("\n" + json.dumps(result))
     return result
-
-
-def gpu_name(device) -> str:
-    driver = subprocess.check_output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], text=True).split()[0]
-    return f"{torch.cuda.get_device_name(device)}, driver {driver}, CUDA {torch.version.cuda}"
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":
