@@ -210,6 +210,11 @@ def part_pruning(report: Report, folder: Path, device, layers: int, rounds: int,
     schedules = {f"{method}, {ratio:.0%} pruned": ((2, method, ratio),) for ratio in (0.5, 0.75, 0.9) for method in METHODS}
     spent = evaluation.time_prefill(model, stream, {"": ()} | schedules, "keep", min(rounds, 3))
     full, work = spent.pop(""), tokprune.flops(model.config.text, [T] * depth)
+    products = {n: lambda x=torch.ones(T - N + n, 4096, dtype=torch.bfloat16, device=device): [
+        layer.mlp.gate_proj(x) for layer in decoder(model).layers[:layers]] for n in (N, N // 2, N // 4, N // 10)}
+    bare = {} if small else {n: ms["median"] / (T - N + n) for n, ms in evaluation.in_turns(products, rounds).items()}
+    for n in bare:
+        report.say(f"a bare matrix product of {T - N + n} rows: share of the rate of {T} rows", bare[N] / bare[n])
     for name, ms in spent.items():
         rows = [T - N + n for n in tokprune.visual_tokens(schedules[name], N, depth)]
         fewer = work / tokprune.flops(model.config.text, rows)

@@ -177,7 +177,7 @@ def test_pruning_leaves_the_stream_it_was_given_untouched(model, start, info):
 
 
 def test_a_stream_with_room_goes_on_as_one_without(model, start):
-    """Variants that share the cache of the first layers; rows written in place, one and then two."""
+    """Variants that share the cache of the first layers; rows written in place, one and then two, and then room is made."""
     stream = model.run(prune(model, model.run(start, stop=2), ["random", "divprune"], 5))
     roomy, ids = with_room(stream, 3), torch.tensor([[5, 6], [7, 8]])
     held = [k for k, _, _ in roomy.cache]
@@ -186,6 +186,9 @@ def test_a_stream_with_room_goes_on_as_one_without(model, start):
         torch.testing.assert_close(roomy.x, stream.x, rtol=0, atol=1e-5)
     for (k, _), (room, _, filled), before in zip(stream.cache, roomy.cache, held):
         assert room is before and room.shape == k.shape and filled == k.shape[2]
+    stream, roomy = (model.run(model.append(s, ids[:, :1])) for s in (stream, roomy))
+    torch.testing.assert_close(roomy.x, stream.x, rtol=0, atol=1e-5)
+    assert all(room.shape[2] == 2 * filled - 1 for room, _, filled in roomy.cache)
 
 
 def test_pruned_tokens_are_not_kept_alive_by_views(model, start):
