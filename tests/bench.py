@@ -322,7 +322,7 @@ def part_loading(report: Report, folder: Path, device, layers: int, rounds: int,
 
 def part_growth(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
     """7. Prefill time and memory against visual tokens and layers, whole and pruned; selections up to 2,025 tokens."""
-    path, depth, rounds = folder / "qwen", layers if small else 28, min(rounds, 2)
+    path, depth, rounds = folder / "qwen", layers if small else 28, min(rounds, 3)
     schedules = {"whole": (), "90 % pruned at layer 2": ((2, "random", 0.9),)}
     write_checkpoint(path, "qwen", layers, small)
     model = model_qwen.load(path, device, torch.bfloat16, max_pixels=4096 * 784)
@@ -336,9 +336,7 @@ def part_growth(report: Report, folder: Path, device, layers: int, rounds: int, 
                        spent[name]["median"], note=f"{memory:.0f} MiB at the peak, beside the weights")
             panels["ms", axis][name].append((at, spent[name]["median"]))
             panels["MiB", axis][name].append((at, memory))
-    for few in (3,) if small else (4, 8, 16, depth):
-        deepen(model, few)
-        measure(model.begin(IMAGE, QUESTION), "layers", few)
+    deepen(model, depth)
     for side in (8, 16) if small else (8, 16, 24, 32, 45, 64):
         stream = model.begin(IMAGE.resize((28 * side, 28 * side)), QUESTION)
         measure(stream, "visual tokens", side * side)
@@ -346,6 +344,9 @@ def part_growth(report: Report, folder: Path, device, layers: int, rounds: int, 
         for method in METHODS if side * side <= 2048 else ():
             select = evaluation.time_calls(lambda: tokprune.prune(model, at, method, side * side // 10), rounds)
             report.say(f"{side * side} visual tokens: {method}, ms to keep a tenth", select["median"])
+    for few in (3,) if small else (4, 8, 16, depth):
+        deepen(model, few)
+        measure(model.begin(IMAGE, QUESTION), "layers", few)
     draw(panels, Path(report.plot))
 
 
