@@ -210,11 +210,14 @@ def part_pruning(report: Report, folder: Path, device, layers: int, rounds: int,
     schedules = {f"{method}, {ratio:.0%} pruned": ((2, method, ratio),) for ratio in (0.5, 0.75, 0.9) for method in METHODS}
     spent = evaluation.time_prefill(model, stream, {"": ()} | schedules, "keep", min(rounds, 3))
     full, work = spent.pop(""), tokprune.flops(model.config.text, [T] * depth)
-    products = {n: lambda x=torch.ones(T - N + n, 4096, dtype=torch.bfloat16, device=device): [
-        layer.mlp.gate_proj(x) for layer in decoder(model).layers[:layers]] for n in (N, N // 2, N // 4, N // 10)}
-    bare = {} if small else {n: ms["median"] / (T - N + n) for n, ms in evaluation.in_turns(products, rounds).items()}
-    for n in bare:
-        report.say(f"a bare matrix product of {T - N + n} rows: share of the rate of {T} rows", bare[N] / bare[n])
+
+    def product(rows):
+        x = torch.ones(rows, model.config.text.hidden_size, dtype=torch.bfloat16, device=device)
+        return lambda: [layer.mlp.gate_proj(x) for layer in decoder(model).layers[:layers]]
+    bare = evaluation.in_turns({T - N + n: product(T - N + n) for n in (N, N // 2, N // 4, N // 10)}, rounds)
+    for rows, ms in bare.items():
+        report.say(f"a bare matrix product of {rows} rows: share of the rate of {T} rows",
+                   rows / ms["median"] / (T / bare[T]["median"]), note=milliseconds(ms))
     for name, ms in spent.items():
         rows = [T - N + n for n in tokprune.visual_tokens(schedules[name], N, depth)]
         fewer = work / tokprune.flops(model.config.text, rows)
@@ -224,7 +227,7 @@ def part_pruning(report: Report, folder: Path, device, layers: int, rounds: int,
     for method in METHODS:
         select = evaluation.time_calls(lambda: tokprune.prune(model, at, method, N // 2), rounds)
         report.say(f"{method}: selecting {N // 2} of {N}, share of an unpruned prefill",
-                   select["median"] / full["median"], bars[method], at_most=True, note=milliseconds(select))
+                   select["median"] / full["median"], bars.get(method), at_most=True, note=milliseconds(select))
 
 
 def part_sweep(report: Report, folder: Path, device, layers: int, rounds: int, small: bool):
@@ -435,8 +438,8 @@ def main(argv: list[str]) -> dict:
     name = evaluation.device_name(device)
     packages = ["torch", "transformers"] if "transformers" in parts else ["torch"]
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    print(f"{name}, {torch.get_num_threads()} threads, {versions}, Python {platform.python_version()}; median of {rounds} rounds, "
-          f"of fewer where a round takes minutes [lowest, highest]\n\n| what | value | bar | note |\n|---|---:|---|---|")
+    print(f"{name}, {torch.get_num_threads()} threads, {versions}, Python {platform.python_version()}; median of {rounds} "
+          f"rounds, of fewer where a round takes minutes [lowest, highest]\n\n| what | value | bar | note |\n|---|---:|---|---|")
     for part in parts:
         with tempfile.TemporaryDirectory() as folder:
             PARTS[part](report, Path(folder), device, layers, rounds, args.smoke)
