@@ -562,7 +562,7 @@ def extra_memory(call, device) -> int:
     with torch.profiler.profile(profile_memory=True) as profiler:
         call()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return max(accumulate((event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())), initial=0))
 
 
 # ---- report -----------------------------------------------------------------------------------------------------
@@ -877,7 +877,7 @@ def load_model(args):
         torch.empty(0, device=device)
     except Exception as e:                              # torch raises what the backend raises
         raise InputError(f"--device {device}: not usable here ({str(e).splitlines()[0]})")
-    if device != "cpu":
+    if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)                   # the one that `now` waits for
     if not args.model.is_dir():
         raise InputError(f"--model {args.model}: no such folder; want a checkpoint folder with config.json")
