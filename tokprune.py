@@ -1,15 +1,33 @@
-"""Visual token pruning, as in arXiv 2512.07580 and the methods it compares. Knows no model and reads no file.
+"""Visual token pruning, as in arXiv 2512.07580 and the methods it compares. Knows no model.
 
-A model turns image and question into a Stream and moves it forward by layers; this file takes visual rows out of it:
+An image and a question become a Stream, the residual stream at the input of a layer. A model moves
+the stream forward by layers; this file takes visual rows out of it:
 
     s = model.begin(image, question)        # the stream at the input of layer 0
     s = model.run(s, stop=20)               # layers 0..19 on everything
     s = prune(model, s, "dart", n=58)       # rows leave at the input of layer 20
     s = model.run(s)                        # the other layers, short
+    model.decode(s, max_new_tokens=16)      # greedy
 
-A method is a function of a View, `method(view, n) -> indices`, and an entry in METHODS at the end of its section.
+A method is a function of a View, `method(view, n) -> indices`, and an entry in METHODS.
 
-    B variants of one prompt   T rows   V visual tokens alive   N at first   C width   H heads   G key/value heads   D head width
+A model is one file. It has to hold
+    PROMPT, load(path, device=None, dtype=None) -> model
+and the model
+    num_layers, config.text, tokenizer
+    preprocess(image)                       what `begin` takes in place of a PIL image
+    canvas(image)                           the PIL image that the visual tokens tile
+    begin(image, question)                  -> Stream at layer 0, B = 1
+    run(stream, stop=None)                  -> Stream at layer `stop` (None: past the last layer)
+    append(stream, ids)                     -> Stream at layer 0 of new tokens (B, n) alone
+    final_norm(x)
+    logits(stream, row=-1)                  -> (B, vocab) float32, of the token after that row
+    decode(stream, max_new_tokens, repetition_penalty=1.0) -> B strings
+    answer_ids(answer)                      -> the tokens it would emit for that answer
+support/checkpoint.py names the file for its model_type; nothing else knows which models exist.
+
+    B variants of one prompt   T rows   V visual tokens alive   N of them at first   C width
+    H heads   G key/value heads   D head width   L layers
 """
 import math
 import re
@@ -22,527 +40,603 @@ from torch import Tensor
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message is the one line to show."""
+    """The input cannot be used. The message is the one line to show."""
 
+
+# ---- the stream ----------------------------------------------------------------------------------
 
 @dataclass
 class Stream:
-    """The residual stream at the input of a layer, for B variants of one prompt, and all that the layers to come need."""
+    """The residual stream at the input of a layer, of B variants of one prompt, with everything
+    that the layers to come need.
+
+    Visual rows are contiguous and keep their order. At first V = N; where the visual tokens tile
+    the image, N = rows * cols of the grid, in raster order. A model that has other visual rows too
+    (row separators, tiles) gives a larger N, and what relies on the grid refuses it.
+    """
     layer: int
     x: Tensor                       # (B, T, C)
-    pos: Tensor                     # (..., B or 1, T) positions as the model's rotary embedding takes them
-    next_pos: int                   # position of the first generated token: after the original prompt, whatever was removed
-    visual: tuple[int, int]         # first visual row and V; visual rows are contiguous and keep their order
-    origin: Tensor                  # (B or 1, V) index of each visual row among the N of the full image
-    grid: tuple[int, int]           # rows and columns of the full image, N = rows * cols
-    cache: list                     # per layer (keys, values), each (B or 1, G, T of that layer, D), or None; or `with_room`
-    queries: Tensor | None          # (B, H, T, D) of the layer just run, for methods that look at attention
-    ids: Tensor                     # (T at first,) token ids of the whole prompt, the image token's repeated
-    embeds: Tensor                  # (T at first, C) their input embeddings, visual tokens in place
-    saliency: Callable[[], Tensor]  # -> (N,) how much the vision tower itself attends to each visual token
+    pos: Tensor                     # (..., B or 1, T) positions, as the rotary embedding takes them
+    next_pos: int                   # position of the first generated token, whatever was removed
+    visual: tuple[int, int]         # first visual row, and V
+    origin: Tensor                  # (B or 1, V) index of each visual row among the N
+    N: int
+    grid: tuple[int, int]           # rows and columns of visual tokens in the full image
+    cache: list                     # per layer a KV or None
+    queries: Tensor | None          # (B, H, T, D) of the layer before, if no row has left since
+    ids: Tensor                     # (T at first,) the whole prompt, the image token repeated
+    embeds: Tensor                  # (T at first, C) their input embeddings
+    saliency: Callable[[], Tensor]  # -> (N,) how much the vision tower attends to each visual token
+    planes: tuple = ()              # (N, C) each: added to the visual rows after layer 0, 1, ...
 
 
-def keep(stream: Stream, idx: Tensor, positions: str = "keep") -> Stream:
-    """The stream with only visual rows idx, ascending, (n,) or one set a variant (B, n); text rows always stay.
+@dataclass
+class KV:
+    """The cache of a layer: keys and values (B or 1, G, T, D). Variants may share one."""
+    keys: Tensor
+    values: Tensor
 
-    positions: "keep" leaves every row its original position; "compact" renumbers, as methods that shorten the prompt do.
+    def append(self, k: Tensor, v: Tensor) -> "KV":
+        """With new rows (B, G, n, D) behind these; copies all."""
+        B = len(k)
+        keys = torch.cat([self.keys.expand(B, -1, -1, -1), k], 2)
+        values = torch.cat([self.values.expand(B, -1, -1, -1), v], 2)
+        return KV(keys, values)
+
+
+class RoomyKV(KV):
+    """A cache that lies in larger tensors: new rows are written behind the old ones, not copied.
+
+    So only one continuation of it can be run. `append` doubles the room when it is used up.
     """
-    idx = idx.to(stream.x.device)
-    stream = expand(stream, max(len(stream.x), len(idx) if idx.dim() == 2 else 1))
-    (start, V), (B, T, C) = stream.visual, stream.x.shape
-    idx = idx.expand(B, -1)                                                                 # (B, n)
-    row = torch.arange(T, device=idx.device).expand(B, T)
-    rows = torch.cat([row[:, :start], start + idx, row[:, start + V:]], 1)                  # (B, T - V + n)
-    x = stream.x.gather(1, rows[..., None].expand(-1, -1, C))
-    pos = stream.pos.gather(-1, rows.expand(*stream.pos.shape[:-2], -1, -1))                # M-RoPE has an axis more, in front
-    next_pos = stream.next_pos
-    if positions == "compact":
-        if pos.dim() > 2:
-            raise InputError("positions compact: a visual token of this model has three positions (M-RoPE), its place in the "
-                             "image, and no number to take another's; want keep")
-        next_pos = x.shape[1]
-        pos = torch.arange(next_pos, device=pos.device).expand(pos.shape)
-    return replace(stream, x=x, pos=pos, next_pos=next_pos, visual=(start, idx.shape[1]), origin=stream.origin.gather(1, idx),
-                   queries=None)
 
+    def __init__(self, keys_room: Tensor, values_room: Tensor, rows: int):
+        super().__init__(keys_room[:, :, :rows], values_room[:, :, :rows])
+        self.keys_room = keys_room
+        self.values_room = values_room
+        self.rows = rows
 
-def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 0, info: dict[str, Tensor] = {},
-          positions: str = "keep") -> Stream:
-    """The stream after `method` has chosen n of its visual tokens (all of them if it has fewer).
-
-    A list of methods, or of seeds, makes one variant of each. info: for each oracle by name, (N,) measured information.
-    """
-    n = min(n, stream.visual[1])
-    B = max([len(stream.x)] + [len(given) for given in (method, seed) if isinstance(given, list)])
-    methods, seeds = (given if isinstance(given, list) else [given] * B for given in (method, seed))
-    stream = expand(stream, B)
-    chosen = [choose(view_of(model, stream, b, seeds[b], info.get(methods[b])), methods[b], n) for b in range(B)]
-    pruned = keep(stream, torch.stack([idx for idx, _ in chosen]), positions)
-    for b, (_, merged) in enumerate(chosen):
-        if merged is not None:
-            start = stream.visual[0]
-            pruned.x[b, start:start + n] = merged.to(pruned.x.dtype)
-    return pruned
-
-
-def expand(stream: Stream, B: int) -> Stream:
-    """One variant as B equal ones, nothing copied; the cache stays shared."""
-    q = stream.queries
-    return replace(stream, x=stream.x.expand(B, -1, -1), pos=stream.pos.expand(*stream.pos.shape[:-2], B, -1),
-                   origin=stream.origin.expand(B, -1), queries=None if q is None else q.expand(B, -1, -1, -1))
-
-
-def choose(view: "View", method: str, n: int) -> tuple[Tensor, Tensor | None]:
-    """Indices (n,) of the method, and the rows (n, C) to put there if it merges. To keep none or all needs no method."""
-    V = view.visual[1]
-    if n in (0, V):
-        return torch.arange(n), None
-    check_method(method, view.layer)
-    assert method not in NEED_A_LAYER or view.keys is not None, f"{method} needs a layer run since rows last left"
-    chosen = METHODS[method](view, n)
-    idx, merged = chosen if isinstance(chosen, tuple) else (chosen, None)
-    assert idx.shape == (n,) and (idx.diff() > 0).all(), f"{method} chose {idx.tolist()}, want {n} ascending of {V}"
-    return idx.cpu(), merged
-
-
-def prefill(model, stream: Stream, schedule: list, seed: int = 0, positions: str = "keep") -> Stream:
-    """All layers under a schedule from `parse_schedule` -> Stream past the last layer."""
-    N = stream.visual[1]
-    for layer, method, amount in schedule:
-        stream = prune(model, model.run(stream, stop=layer), method, count(amount, N), seed, positions=positions)
-    return model.run(stream)
+    def append(self, k: Tensor, v: Tensor) -> "RoomyKV":
+        rows = self.rows + k.shape[2]
+        keys_room = self.keys_room
+        values_room = self.values_room
+        if rows > keys_room.shape[2]:
+            keys_room = copy_with_room(keys_room, len(k), rows)
+            values_room = copy_with_room(values_room, len(k), rows)
+        keys_room[:, :, self.rows:rows] = k
+        values_room[:, :, self.rows:rows] = v
+        return RoomyKV(keys_room, values_room, rows)
 
 
 def with_room(stream: Stream, rows: int = 16) -> Stream:
-    """The stream with its cache copied into tensors that have room for more rows, as (keys, values, how many are filled).
-
-    Decoding writes there in place, where it would copy every row for each new one; so what this returns can be run on only
-    once.
-    """
+    """The stream, its cache copied to where there is room for so many rows more: for decoding."""
     B = len(stream.x)
-    return replace(stream, cache=[(roomy(k, B, rows), roomy(v, B, rows), k.shape[2]) for k, v in stream.cache])
+    cache = []
+    for kv in stream.cache:
+        keys_room = copy_with_room(kv.keys, B, rows)
+        values_room = copy_with_room(kv.values, B, rows)
+        cache.append(RoomyKV(keys_room, values_room, kv.keys.shape[2]))
+    return replace(stream, cache=cache)
 
 
-def roomy(t: Tensor, B: int, rows: int) -> Tensor:
-    """(B or 1, G, T, D) -> (B, G, T + rows, D), the last ones to be written."""
+def copy_with_room(t: Tensor, B: int, rows: int) -> Tensor:
+    """(B or 1, G, T, D) -> (B, G, T + rows, D), the last rows yet to be written."""
     room = t.new_empty(B, t.shape[1], t.shape[2] + rows, t.shape[3])
     room[:, :, :t.shape[2]] = t
     return room
 
 
-def extend(past: tuple, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
-    """A layer's cache and new rows (B, G, T, D) -> all keys, all values, and the cache that holds them."""
-    if len(past) == 2:                                  # layers before the first pruning share one cache among variants
-        k, v = (torch.cat([old.expand(len(new), -1, -1, -1), new], 2) for old, new in zip(past, (k, v)))
-        return k, v, (k, v)
-    keys, values, filled = past
-    end = filled + k.shape[2]
-    if end > keys.shape[2]:
-        keys, values = (roomy(t, len(t), end) for t in (keys, values))          # doubled
-    keys[:, :, filled:end], values[:, :, filled:end] = k, v
-    return keys[:, :, :end], values[:, :, :end], (keys, values, end)
+# ---- pruning -------------------------------------------------------------------------------------
+
+def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 0,
+          info: dict[str, Tensor] | None = None, positions: str = "keep") -> Stream:
+    """The stream with the n visual tokens that `method` chooses (all of them if it has fewer).
+
+    A list of methods, or of seeds, makes one variant of each. info: by the name of a method that
+    needs it, what was measured of the N visual tokens beforehand, (N,) or (N, t).
+    positions: see `keep`. Raises InputError.
+    """
+    n = min(n, stream.visual[1])
+    B = len(stream.x)
+    for given in (method, seed):
+        if isinstance(given, list):
+            B = max(B, len(given))
+    methods = method if isinstance(method, list) else [method] * B
+    seeds = seed if isinstance(seed, list) else [seed] * B
+    stream = expand(stream, B)
+    kept = []
+    merged = []
+    for b in range(B):
+        measured = info.get(methods[b]) if info else None
+        view = view_of(model, stream, b, seeds[b], measured)
+        idx, rows = choose(view, methods[b], n)
+        kept.append(idx)
+        merged.append(rows)
+    pruned = keep(stream, torch.stack(kept), positions)
+    start, _ = pruned.visual
+    for b in range(B):
+        if merged[b] is not None:
+            pruned.x[b, start:start + n] = merged[b].to(pruned.x.dtype)
+    return pruned
 
 
-# ---- what a method sees -----------------------------------------------------------------------------------------
+def choose(view: "View", method: str, n: int) -> tuple[Tensor, Tensor | None]:
+    """Indices (n,) of the method, and the rows (n, C) to put there if it merges.
+
+    To keep none or all of them takes no method.
+    """
+    V = view.visual[1]
+    if n in (0, V):
+        return torch.arange(n), None
+    check_method(method, view.layer)
+    chosen = METHODS[method]
+    assert view.keys is not None or not chosen.needs_layer, \
+        f"{method} needs a layer run since rows last left"
+    if chosen.info and view.info is None:
+        raise InputError(f"{method} needs its {chosen.info} measured beforehand, which `prune` "
+                         "takes as info; see information.MEASURES")
+    if chosen.merges:
+        idx, rows = chosen(view, n)
+    else:
+        idx = chosen(view, n)
+        rows = None
+    assert idx.shape == (n,) and (idx.diff() > 0).all(), \
+        f"{method} chose {idx.tolist()}, want {n} ascending of {V}"
+    return idx.cpu(), rows
+
+
+def keep(stream: Stream, idx: Tensor, positions: str = "keep") -> Stream:
+    """The stream with only visual rows idx, ascending, counted among those alive; text rows stay.
+
+    idx: (n,), or (B, n) for another set in each variant. positions: "keep" leaves every row its
+    position; "compact" renumbers the rows, as methods that shorten the prompt do. Raises
+    InputError where a model's positions cannot be renumbered.
+    """
+    idx = idx.to(stream.x.device)
+    if idx.dim() == 2:
+        stream = expand(stream, max(len(stream.x), len(idx)))
+    B, T, C = stream.x.shape
+    start, V = stream.visual
+    idx = idx.expand(B, -1)                                                     # (B, n)
+    every_row = torch.arange(T, device=idx.device).expand(B, T)
+    before = every_row[:, :start]
+    after = every_row[:, start + V:]
+    rows = torch.cat([before, start + idx, after], 1)                           # (B, T - V + n)
+    x = stream.x.gather(1, rows[..., None].expand(-1, -1, C))
+    axes = stream.pos.shape[:-2]                                                # M-RoPE has three
+    pos = stream.pos.gather(-1, rows.expand(*axes, -1, -1))
+    next_pos = stream.next_pos
+    if positions == "compact":
+        if axes:
+            raise InputError("positions compact: a visual token of this model has three positions "
+                             "(M-RoPE), its place in the image, not a number; want keep")
+        next_pos = x.shape[1]
+        pos = torch.arange(next_pos, device=pos.device).expand(pos.shape)
+    origin = stream.origin.gather(1, idx)
+    return replace(stream, x=x, pos=pos, next_pos=next_pos, visual=(start, idx.shape[1]),
+                   origin=origin, queries=None)
+
+
+def expand(stream: Stream, B: int) -> Stream:
+    """One variant as B equal ones. Nothing is copied, and they share the cache."""
+    x = stream.x.expand(B, -1, -1)
+    pos = stream.pos.expand(*stream.pos.shape[:-2], B, -1)
+    origin = stream.origin.expand(B, -1)
+    queries = stream.queries
+    if queries is not None:
+        queries = queries.expand(B, -1, -1, -1)
+    return replace(stream, x=x, pos=pos, origin=origin, queries=queries)
+
+
+def prefill(model, stream: Stream, schedule: list, seed: int = 0,
+            positions: str = "keep") -> Stream:
+    """All layers under a schedule from `parse_schedule` -> Stream past the last layer."""
+    for layer, method, amount in schedule:
+        stream = model.run(stream, stop=layer)
+        stream = prune(model, stream, method, count(amount, stream.N), seed, positions=positions)
+    return model.run(stream)
+
+
+# ---- what a method sees --------------------------------------------------------------------------
 
 @dataclass
 class View:
-    """What a method may look at, of one variant at the input of `layer`; tensors and functions, so one can be built by hand."""
+    """What a method may look at, of one variant at the input of `layer`.
+
+    Plain tensors and functions, so that one can be built by hand.
+    """
     layer: int
-    visual: tuple[int, int]                             # first visual row and V
-    x: Tensor                                           # (T, C) hidden states
-    embeds: Tensor | None = None                        # (T at first, C) input embeddings of the whole prompt
-    embeds_visual: tuple[int, int] | None = None        # first visual row and N, in embeds
-    keys: Tensor | None = None                          # (T, G*D) keys of layer-1, after rotary
-    attention: Callable[[Tensor], Tensor] | None = None  # rows (R,) -> (H, R, T) probabilities in layer-1, float32
-    normed: Callable[[], Tensor] | None = None          # -> (T, C) the model's final norm of x
-    saliency: Callable[[], Tensor] | None = None        # -> (V,) float32
+    visual: tuple[int, int]                                 # first visual row, and V
+    x: Tensor                                               # (T, C) hidden states
+    embeds: Tensor | None = None                            # (T at first, C) input embeddings
+    embeds_visual: tuple[int, int] | None = None            # first visual row in embeds, and N
+    keys: Tensor | None = None                              # (T, G*D) of layer-1, after rotary
+    attention: Callable[[Tensor], Tensor] | None = None     # rows (R,) -> (H, R, T) of layer-1
+    normed: Callable[[], Tensor] | None = None              # -> (T, C) the final norm of x
+    saliency: Callable[[], Tensor] | None = None            # -> (V,) float32
     grid: tuple[int, int] | None = None
-    origin: Tensor | None = None                        # (V,)
-    info: Tensor | None = None                          # (V,) measured information
-    rng: torch.Generator | None = None                  # on the CPU
+    origin: Tensor | None = None                            # (V,)
+    info: Tensor | None = None                              # (V,) or (V, t), measured beforehand
+    rng: torch.Generator | None = None                      # on the CPU
 
     @property
     def x_visual(self) -> Tensor:
-        """(V, C) float32: every method selects in float32, bfloat16 changes the sets."""
+        """(V, C) float32: every method selects in float32, because bfloat16 changes the sets."""
         start, V = self.visual
         return self.x[start:start + V].float()
 
 
 def view_of(model, stream: Stream, b: int, seed: int, info: Tensor | None) -> View:
-    origin, N = stream.origin[b], stream.grid[0] * stream.grid[1]
-    rng = torch.Generator().manual_seed(seed + 1_000_003 * stream.layer)     # stages of one schedule draw apart
-    view = View(stream.layer, stream.visual, stream.x[b], stream.embeds, (stream.visual[0], N),
-                normed=lambda: model.final_norm(stream.x[b]), saliency=lambda: stream.saliency()[origin], grid=stream.grid,
-                origin=origin, info=None if info is None else info.to(origin.device)[origin], rng=rng)
+    """Variant b of the stream, as a method sees it. info: (N,) or (N, t), or None."""
+    origin = stream.origin[b]
+    seed = seed + 1_000_003 * stream.layer          # each stage of a schedule draws on its own
+    view = View(layer=stream.layer, visual=stream.visual, x=stream.x[b], embeds=stream.embeds,
+                embeds_visual=(stream.visual[0], stream.N), grid=stream.grid, origin=origin,
+                rng=torch.Generator().manual_seed(seed))
+    view.normed = lambda: model.final_norm(stream.x[b])
+    view.saliency = lambda: saliency_of(stream)[origin]
+    if info is not None:
+        view.info = info.to(origin.device)[origin]
     if stream.queries is not None:
-        keys = stream.cache[stream.layer - 1][0]                             # (B, G, T, D), or one shared by all variants
-        q, k = stream.queries[b], keys.expand(len(stream.x), -1, -1, -1)[b]
+        B = len(stream.x)
+        q = stream.queries[b]                                               # (H, T, D)
+        k = stream.cache[stream.layer - 1].keys.expand(B, -1, -1, -1)[b]    # (G, T, D)
         view.keys = k.transpose(0, 1).flatten(1)
         view.attention = lambda rows: attention(q, k, rows)
     return view
 
 
+def saliency_of(stream: Stream) -> Tensor:
+    """(N,) of the vision tower. Raises InputError where the tower does not see all N tokens."""
+    saliency = stream.saliency()
+    if len(saliency) != stream.N:
+        raise InputError(f"saliency: the tower tells it of {len(saliency)} visual tokens, and this "
+                         f"model has {stream.N}; a method that needs it cannot be used here")
+    return saliency
+
+
 def attention(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
-    """Causal attention probabilities of the given rows alone, (H, R, T) float32: no attention matrix is ever kept."""
-    k = k.float().repeat_interleave(len(q) // len(k), 0)                     # grouped: key head j serves H/G queries
+    """Causal attention probabilities of the given rows of q alone: (H, R, S) float32.
+
+    q: (H, T, D) of the last T of S rows. k: (G, S, D). A whole attention matrix is never kept.
+    """
+    k = k.float().repeat_interleave(len(q) // len(k), 0)        # a key head serves H / G queries
     scores = q[:, rows].float() @ k.transpose(1, 2) * q.shape[-1] ** -0.5
-    later = torch.arange(k.shape[1], device=k.device) > torch.as_tensor(rows, device=k.device)[:, None]
+    row = torch.as_tensor(rows, device=k.device) + k.shape[1] - q.shape[1]
+    later = torch.arange(k.shape[1], device=k.device) > row[:, None]
     return scores.masked_fill(later, -torch.inf).softmax(-1)
 
 
-# ---- methods ----------------------------------------------------------------------------------------------------
+# ---- methods -------------------------------------------------------------------------------------
+# Each is asked for 0 < n < V indices; `choose` sees to none and all.
 
-def random(view: View, n: int) -> Tensor:
-    """Uniform without replacement: the baseline that no method beats past the information horizon."""
-    return torch.randperm(view.visual[1], generator=view.rng)[:n].sort().values
+def uniform(view: View, n: int) -> Tensor:
+    """Uniform without replacement: the baseline that no method beats past the horizon."""
+    order = torch.randperm(view.visual[1], generator=view.rng)
+    return order[:n].sort().values
+
+
+def grid(view: View, n: int) -> Tensor:
+    """Evenly spaced in raster order: the other baseline that looks at nothing."""
+    V = view.visual[1]
+    return (2 * torch.arange(n) + 1) * V // (2 * n)
 
 
 def fastv(view: View, n: int) -> Tensor:
-    """FastV (ECCV 2024, arXiv 2403.06764): attention of the last prompt token in layer-1, mean over heads.
+    """FastV (ECCV 2024, arXiv 2403.06764): attention of the last prompt token, mean over heads.
 
-    The paper averages over all later tokens; the authors' code reads the last row alone, and so do we.
+    The paper averages over all later tokens; the authors' code reads the last row alone, as here.
     """
     start, V = view.visual
     last = torch.tensor([len(view.x) - 1])
-    return top(view.attention(last)[:, 0, start:start + V].mean(0), n)
+    score = view.attention(last)[:, 0, start:start + V].mean(0)
+    return highest(score, n)
 
 
-def sparsevlm(view: View, n: int) -> tuple[Tensor, Tensor]:
-    """SparseVLM (ICML 2025, arXiv 2410.04417), code v1.5: text raters score, and the best of the rest are merged.
+def sparsevlm(view: View, n: int) -> tuple[Tensor, Tensor | None]:
+    """SparseVLM (ICML 2025, arXiv 2410.04417), code v1.5: text raters score the visual tokens, and
+    the best of those that leave are merged into a few.
 
-    The budget counts the merged tokens, n = k + c. Where n is too small for that, the n best are kept, none merged.
+    The n tokens are k kept and c merged. Where n is too small for that, n are kept, none merged.
     """
-    (first, N), (start, V) = view.embeds_visual, view.visual
-    visual, text = view.embeds[first:first + N].float(), view.embeds[first + N:].float()
-    m = (visual @ text.T).softmax(1).mean(0)                                 # (text,) how visual each text token is
-    raters = (m > m.mean()).nonzero()[:, 0] if (m > m.mean()).any() else torch.arange(len(text))
-    score = view.attention(start + V + raters)[:, :, start:start + V].mean((0, 1))
+    score = attention_of_raters(view)
     order = score.argsort(descending=True, stable=True)
-
-    def merging(k):                                                          # how many of the V - k others go into how many
-        t = int(0.3 * (V - k)) + 1
-        return t, int(t / 10) + 1
-    fitting = [k for k in range(n) if k + merging(k)[1] <= n]
-    if not fitting:
-        return top(score, n), None
-    k = max(fitting)
-    t, c = merging(k)
+    budget = recycling(n, view.visual[1])
+    if budget is None:
+        return highest(score, n), None
+    k, t, c = budget
     recycled = order[k:k + t]
     centers, means = cluster(view.x_visual[recycled], c)
     rows = view.x_visual.clone()
-    rows[recycled[centers]] = means                                          # a merged token sits where its center sat
+    rows[recycled[centers]] = means             # a merged token takes the place of its center
     idx = torch.cat([order[:k], recycled[centers]]).sort().values
     return idx, rows[idx]
 
 
+def attention_of_raters(view: View) -> Tensor:
+    """(V,) SparseVLM's score: attention from the text tokens that look most like the image."""
+    start, V = view.visual
+    first, N = view.embeds_visual
+    visual = view.embeds[first:first + N].float()
+    text = view.embeds[first + N:].float()
+    relevance = (visual @ text.T).softmax(1).mean(0)                            # (text,)
+    raters = (relevance > relevance.mean()).nonzero()[:, 0]
+    if len(raters) == 0:
+        raters = torch.arange(len(text))
+    return view.attention(start + V + raters)[:, :, start:start + V].mean((0, 1))
+
+
+def recycling(n: int, V: int) -> tuple[int, int, int] | None:
+    """How SparseVLM spends n of V tokens: the largest k, so that k kept and c merged ones fit.
+
+    Of the V - k others, t = 30 % + 1 are recycled into c = t / 10 + 1. n = 6, V = 64: k = 4 are
+    kept, and t = 19 become c = 2. None if not even k = 0 fits.
+    """
+    for k in range(n - 1, -1, -1):
+        t = int(0.3 * (V - k)) + 1
+        c = int(t / 10) + 1
+        if k + c <= n:
+            return k, t, c
+    return None
+
+
 def cluster(x: Tensor, c: int) -> tuple[Tensor, Tensor]:
-    """DPC-kNN, as SparseVLM's code has it: (t, C) rows -> indices of the c centers, and the mean (c, C) of each cluster."""
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") * x.shape[1] ** -0.5
-    density = (-distance.topk(c, largest=False).values.square().mean(1)).exp()              # itself is one of the nearest
-    rank = density.argsort(descending=True, stable=True).argsort()                          # mutual neighbours tie exactly: the
-    denser = rank[None] < rank[:, None]                                                     # lower index wins, not random noise
-    separation = torch.where(denser, distance, distance.max()).amin(1)                      # to the nearest denser row
+    """DPC-kNN, as in SparseVLM's code: rows (t, C) -> indices of the c centers, and the mean (c, C)
+    of each cluster.
+
+    A center is dense and far from every denser row. Mutual neighbours are equally dense: then the
+    lower index counts as denser, where the original adds random noise.
+    """
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    distance = distance * x.shape[1] ** -0.5
+    nearest = distance.topk(c, largest=False).values                    # a row is one of its own
+    density = (-nearest.square().mean(1)).exp()
+    rank = density.argsort(descending=True, stable=True).argsort()
+    denser = rank[None] < rank[:, None]
+    separation = torch.where(denser, distance, distance.max()).amin(1)
     centers = (density * separation).argsort(descending=True, stable=True)[:c]
     member = distance[:, centers].argmin(1)
     member[centers] = torch.arange(c, device=x.device)
-    return centers, torch.stack([x[member == i].mean(0) for i in range(c)])
+    means = torch.stack([x[member == i].mean(0) for i in range(c)])
+    return centers, means
 
 
 def dart(view: View, n: int) -> Tensor:
-    """DART (EMNLP 2025, arXiv 2502.11494): 4 visual and 4 text pivots of the largest key norms; keep what is least like them.
+    """DART (EMNLP 2025, arXiv 2502.11494): keep what is least like a few pivots.
 
-    Visual pivots take their turns before text pivots, each by rank; the authors' order is that of a Python set, an accident.
+    Pivots are the 4 visual and 4 text tokens of the largest key norms. They take turns by rank,
+    the visual ones first; the authors' order is that of a Python set, an accident.
     """
     start, V = view.visual
-    norm = view.keys.float().abs().sum(1)                                                   # L1, all heads
+    norm = view.keys.float().abs().sum(1)                               # L1, over all heads
     pivots = norm[start:start + V].argsort(descending=True, stable=True)[:4]
     text = norm[start + V:].argsort(descending=True, stable=True)[:4]
     if n <= len(pivots):
         return pivots[:n].sort().values
     h = F.normalize(view.normed().float(), dim=1)
-    similarity = h[start:start + V] @ h[torch.cat([start + pivots, start + V + text])].T    # (V, 8)
+    rows = torch.cat([start + pivots, start + V + text])
+    similarity = h[start:start + V] @ h[rows].T                         # (V, 8)
     return least_similar_in_turn(similarity, pivots, n)
 
 
 def least_similar_in_turn(similarity: Tensor, kept: Tensor, n: int) -> Tensor:
-    """Each pivot (column) in turn adds an equal share of the n: the rows not yet kept that are least similar to it."""
+    """Add to the kept, until they are n: each pivot (column) in turn takes an equal share of the
+    rows that are not yet kept and least similar to it. -> (n,) ascending."""
     share, rest = divmod(n - len(kept), similarity.shape[1])
     taken = torch.zeros(len(similarity), dtype=torch.bool, device=similarity.device)
     taken[kept] = True
     for i, column in enumerate(similarity.T):
         order = column.masked_fill(taken, torch.inf).argsort(stable=True)
-        taken[order[:share + (i < rest)]] = True
+        size = share + 1 if i < rest else share
+        taken[order[:size]] = True
     return taken.nonzero()[:, 0]
 
 
 def divprune(view: View, n: int) -> Tensor:
     """DivPrune (CVPR 2025, arXiv 2503.02175): farthest-point sampling under cosine distance.
 
-    A token once picked is never picked again; the authors' code repeats duplicates.
+    A token is picked once; the authors' code picks duplicates again.
     """
     f = F.normalize(view.x_visual, dim=1)
-    distance = 1 - f @ f.T                                                                  # (V, V)
+    distance = (1 - f @ f.T).cpu()                  # (V, V); each pick would wait for a GPU
     nearest = distance.clone().fill_diagonal_(torch.inf).amin(1)
-    picked = [nearest.argmax(0, keepdim=True)]                                             # (1,): a number would wait for the GPU
-    nearest = distance[picked[0]][0]
+    pick = nearest.argmax()
+    picked = [pick]
+    nearest = distance[pick].clone()
     while len(picked) < n:
-        nearest[picked[-1]] = -torch.inf
-        picked.append(nearest.argmax(0, keepdim=True))
-        nearest = torch.minimum(nearest, distance[picked[-1]][0])
-    return torch.cat(picked).sort().values
+        nearest[pick] = -torch.inf
+        pick = nearest.argmax()
+        picked.append(pick)
+        nearest = torch.minimum(nearest, distance[pick])
+    return torch.stack(picked).sort().values
 
 
 def scope(view: View, n: int) -> Tensor:
-    """SCOPE (NeurIPS 2025), greedy: a token gains what it adds to the coverage of all tokens, times its saliency."""
+    """SCOPE (NeurIPS 2025), greedy: a token gains what it adds to the coverage of all tokens, times
+    the vision tower's saliency."""
     f = F.normalize(view.x_visual, dim=1)
-    similarity, saliency = f @ f.T, view.saliency()
+    similarity = f @ f.T                                                # (V, V)
+    saliency = view.saliency()
     covered = torch.zeros_like(saliency)
-    free = torch.ones_like(saliency, dtype=torch.bool)
+    picked = torch.zeros_like(saliency)             # -inf where a token is picked
     for _ in range(n):
         gain = (similarity - covered[:, None]).clamp(min=0).sum(0) * saliency
-        pick = gain.masked_fill(~free, -torch.inf).argmax(0, keepdim=True)
-        free[pick] = False
+        pick = (gain + picked).argmax(0, keepdim=True)
+        picked[pick] = -torch.inf
         covered = torch.maximum(covered, similarity[:, pick][:, 0])
-    return (~free).nonzero()[:, 0]
+    return picked.isinf().nonzero()[:, 0]
 
 
-def info(view: View, n: int) -> Tensor:
-    """The paper's oracle: the tokens of the highest measured information at this layer. Needs the gold answer.
-
-    As "info" of its first token, the paper's measure; as "info-answer" of all of it.
-    """
-    if view.info is None:
-        raise InputError("info and info-answer are oracles: they need information measured with the gold answer, "
-                         "which only an evaluation has")
-    return top(view.info, n)
+def most_informative(view: View, n: int) -> Tensor:
+    """The paper's oracle: the tokens of the highest information, View.info (V,)."""
+    return highest(view.info, n)
 
 
-def top(score: Tensor, n: int) -> Tensor:
+def in_turns(view: View, n: int) -> Tensor:
+    """The tokens of an answer, columns of View.info (V, t), take turns: each picks the visual token
+    of the highest value in its column that is not yet picked, ties to the lowest index."""
+    columns = view.info.float().clone()
+    picked = []
+    for turn in range(n):
+        column = columns[:, turn % columns.shape[1]]
+        pick = column.argmax()
+        picked.append(pick)
+        columns[pick] = -torch.inf
+    return torch.stack(picked).sort().values
+
+
+def highest(score: Tensor, n: int) -> Tensor:
     """Ascending indices of the n highest, ties to the lowest index."""
     return score.argsort(descending=True, stable=True)[:n].sort().values
 
 
-# Each is asked for 0 < n < V; `choose` sees to none and all.
-METHODS = {"random": random, "fastv": fastv, "sparsevlm": sparsevlm, "dart": dart, "divprune": divprune, "scope": scope,
-           "info": info, "info-answer": info}
-ORACLES = ("info", "info-answer")
-NEED_A_LAYER = {"fastv", "sparsevlm", "dart"}           # they read attention or keys of the layer before
+@dataclass(frozen=True)
+class Method:
+    """A pruning method and what is true of it. Whoever has to know asks here, never for a name."""
+    function: Callable              # (view, n) -> indices (n,), ascending
+    color: str                      # in every picture
+    needs_layer: bool = False       # it reads attention or keys of the layer before
+    draws: bool = False             # at random: several seeds are averaged
+    merges: bool = False            # it returns (indices, rows (n, C) to put there, or None)
+    info: str = ""                  # it needs View.info: what to measure, of information.MEASURES
+    needs_gold: bool = False        # an oracle: that is measured with the gold answer
+
+    def __call__(self, view: View, n: int):
+        return self.function(view, n)
 
 
-# ---- information ------------------------------------------------------------------------------------------------
-
-def information(model, image, question: str, answer: str, layers: list[int], window: int = 2, **options) -> Tensor:
-    """Token information of one question, (len(layers), rows, cols) float32, signed, rows and cols in windows of
-    window x window tokens, smaller at the edges. options: see `token_information`."""
-    return token_information(model, model.begin(image, question), answer, layers, window, **options)
-
-
-def token_information(model, stream: Stream, answer: str, layers: list[int], window: int = 2, mode: str = "keep-one",
-                      target: str = "first", max_batch_tokens: int = 2 ** 15) -> Tensor:
-    """What the visual tokens of each window w still tell at the input of each layer K, from a stream at layer 0.
-
-    mode "keep-one", as the paper's code has it:    I(w, K) = P(y | only w) - P(y | none)
-    mode "leave-one-out", as its abstract reads:    I(w, K) = P(y | all) - P(y | all but w)
-    From K on only those visual tokens are left; P is a softmax over the whole vocabulary in float32.
-    target "first", the paper's: y is the first token of the gold answer, at the last prompt row. "answer", ours: P(y) is
-    the sum over the answer's tokens of P(y_t | y_<t), teacher-forced; "each": the terms, along one more axis at the end.
-
-    All layers share one unpruned run, and rows that no removed token can reach are never computed again: their keys and
-    values are taken from it. Windows with equally many rows left to run are one batch, over all layers, of at most
-    max_batch_tokens rows.
-    """
-    assert mode in ("keep-one", "leave-one-out") and target in ("first", "answer", "each"), f"mode {mode!r}, target {target!r}"
-    ids = model.answer_ids(answer)[:1 if target == "first" else None]
-    forced = model.append(stream, torch.tensor([ids[:-1]], dtype=torch.long, device=stream.x.device))
-    stream = replace(stream, x=torch.cat([stream.x, forced.x], 1), pos=torch.cat([stream.pos, forced.pos], -1))
-    at = []
-    for layer in sorted(set(layers)):
-        stream = model.run(stream, stop=layer)
-        at.append(stream)
-    full, V = model.run(stream), stream.visual[1]
-    windows = windows_of(stream.grid, window)
-    found = torch.zeros(len(at), len(windows), len(ids))
-    for (first, _), members in group_windows(stream.grid, window, mode).items():
-        if mode == "leave-one-out":
-            kept = torch.stack([torch.tensor(sorted({*range(first, V)} - {*windows[i].tolist()})) - first for i in members])
-        else:
-            kept = torch.stack([windows[i] for i in members])
-        found[:, members] = left(model, at, full, first, kept, ids, max_batch_tokens)
-    if mode == "leave-one-out":
-        found = probabilities(model, full, ids).cpu() - found
-    else:
-        found -= left(model, at, full, 0, torch.zeros(1, 0, dtype=torch.long), ids, max_batch_tokens)
-    found = found[[sorted(set(layers)).index(layer) for layer in layers]]
-    found = found.unflatten(1, [-(-side // window) for side in stream.grid])
-    return found if target == "each" else found.sum(-1)
+METHODS = {
+    "random": Method(uniform, "#7f7f7f", draws=True),
+    "grid": Method(grid, "#b5651d"),
+    "fastv": Method(fastv, "#d55e00", needs_layer=True),
+    "sparsevlm": Method(sparsevlm, "#e69f00", needs_layer=True, merges=True),
+    "dart": Method(dart, "#009e73", needs_layer=True),
+    "divprune": Method(divprune, "#0072b2"),
+    "scope": Method(scope, "#cc79a7"),
+    "hindsight": Method(in_turns, "#882255", info="attention"),
+    "info": Method(most_informative, "#111111", info="windows", needs_gold=True),
+    "info-turns": Method(in_turns, "#56b4e9", info="tokens", needs_gold=True),
+}
+ORACLES = tuple(name for name, method in METHODS.items() if method.needs_gold)
 
 
-def left(model, at: list[Stream], full: Stream, first: int, kept: Tensor, ids: list, max_batch_tokens: int) -> Tensor:
-    """P(y_t), (layers, B, tokens), where from the layer of each stream in `at` on these visual tokens are left: all before
-    `first`, and of the others kept (B, n), counted from it.
-
-    Rows before `first` are taken from the cache of the unpruned run `full`. What begins at a deeper layer joins there.
-    """
-    start, V = full.visual
-    room = max(1, max_batch_tokens // (full.x.shape[1] - V + first + kept.shape[1]))          # variants in a batch
-    if len(at) > room:
-        return torch.cat([left(model, at[i:i + room], full, first, kept, ids, max_batch_tokens) for i in range(0, len(at), room)])
-    if len(at) * len(kept) > room:
-        return torch.cat([left(model, at, full, first, part, ids, max_batch_tokens) for part in kept.split(room // len(at))], 1)
-    cache = [(k[:, :, :start + first], v[:, :, :start + first]) for k, v in full.cache]
-    begin, going = {stream.layer: stream for stream in at}, None
-    for layer in range(at[0].layer, model.num_layers):
-        if stream := begin.get(layer):
-            new = keep(replace(stream, x=stream.x[:, start + first:], pos=stream.pos[..., start + first:],
-                               visual=(0, V - first), origin=stream.origin[:, first:]), kept)
-            going = new if going is None else replace(
-                new, x=torch.cat([going.x, new.x]), pos=torch.cat([going.pos, new.pos], -2),
-                origin=torch.cat([going.origin, new.origin]))
-        going = model.run(replace(going, cache=cache), stop=layer + 1)          # nobody asks for the new keys and values again
-    return probabilities(model, going, ids).unflatten(0, (len(at), -1)).cpu()
+def check_method(name: str, layer: int):
+    """Raises InputError if there is no such method, or if it cannot act at this layer."""
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}; want one of {', '.join(METHODS)}")
+    if layer == 0 and METHODS[name].needs_layer:
+        raise InputError(f"{name} reads the layer before the one it prunes at: it cannot act at "
+                         "layer 0; want 1 or later")
 
 
-def probabilities(model, stream: Stream, ids: list) -> Tensor:
-    """Of the answer's tokens, at the last rows of a stream past the last layer, (B, tokens) float32."""
-    ends = [stream.x.shape[1] - len(ids) + t + 1 for t in range(len(ids))]
-    return torch.stack([model.logits(replace(stream, x=stream.x[:, :end])).softmax(-1)[:, y] for end, y in zip(ends, ids)], 1)
-
-
-def windows_of(grid: tuple[int, int], window: int) -> list[Tensor]:
-    """The tokens of each window, in raster order."""
-    token = torch.arange(grid[0] * grid[1]).view(grid)
-    return [token[r:r + window, c:c + window].flatten() for r in range(0, grid[0], window) for c in range(0, grid[1], window)]
-
-
-def group_windows(grid: tuple[int, int], window: int, mode: str) -> dict[tuple[int, int], list[int]]:
-    """Which windows are one batch: {(first visual token computed anew, visual tokens computed): windows}.
-
-    Keep-one computes those of w alone. Leave-one-out has to compute every token after a removed one; windows side by side
-    are one batch, from the first token of their rows on.
-    """
-    groups = {}
-    for i, w in enumerate(windows_of(grid, window)):
-        first = int(w[0]) // (window * grid[1]) * window * grid[1] if mode == "leave-one-out" else 0
-        rows = grid[0] * grid[1] - first - len(w) if mode == "leave-one-out" else len(w)
-        groups.setdefault((first, rows), []).append(i)
-    return groups
-
-
-def information_flops(config, text: tuple[int, int], grid: tuple[int, int], layers: list[int], window: int = 2,
-                      mode: str = "keep-one") -> tuple[int, int]:
-    """Prefill FLOPs of `token_information` for one question, and of the official procedure, which runs the whole prompt
-    through the whole model for every layer and window. text: rows before and after the image; config: the text config."""
-    before, after = text
-    N, L = grid[0] * grid[1], config.num_hidden_layers
-    ours, official = flops(config, [before + N + after] * L), 0
-    for K in layers:
-        base = 0 if mode == "leave-one-out" else after                       # the run with none, or the unpruned one
-        ours += flops(config, [base] * (L - K), before) if base else 0
-        official += flops(config, [before + N + after] * K + [before + (N if base == 0 else 0) + after] * (L - K))
-        for (first, rows), members in group_windows(grid, window, mode).items():
-            ours += len(members) * flops(config, [rows + after] * (L - K), before + first)
-            official += len(members) * flops(config, [before + N + after] * K + [before + first + rows + after] * (L - K))
-    return ours, official
-
-
-def horizon(curve, full: float, tolerance: float = 0.01) -> int:
-    """Ours, the paper gives no rule: the first layer from which on dropping every visual token never costs more than
-    `tolerance` of the unpruned score. curve: the score with all dropped at the input of layer 0, 1, ...; len(curve) if none."""
-    below = [layer for layer, score in enumerate(curve) if score < full - tolerance * full]
-    return below[-1] + 1 if below else 0
-
-
-def per_token(windows: Tensor, grid: tuple[int, int], window: int) -> Tensor:
-    """(rows, cols) in windows -> (N,): the tokens of a window share its value."""
-    return windows.repeat_interleave(window, 0).repeat_interleave(window, 1)[:grid[0], :grid[1]].flatten()
-
-
-# ---- schedules and cost -----------------------------------------------------------------------------------------
+# ---- schedules and cost --------------------------------------------------------------------------
 
 def parse_schedule(text: str) -> list[tuple[int, str, float | int]]:
-    """"divprune@0:0.5 random@20=38" -> [(0, "divprune", 0.5), (20, "random", 38)], layers ascending.
+    """"divprune@0:0.5 random@20=38" -> [(0, "divprune", 0.5), (20, "random", 38)].
 
-    ":" gives the fraction of the N original tokens removed (float), "=" the number kept (int). Raises InputError.
+    A stage is (layer, method, amount), layers ascending. The amount after ":" is the fraction of
+    the N tokens removed, a float; after "=" the number kept, an int. Raises InputError.
     """
     schedule = []
     for part in text.split():
         match = re.fullmatch(r"([\w-]+)@(\d+)(?::(\d*\.?\d+)|=(\d+))", part)
         if not match:
-            raise InputError(f"schedule part {part!r} does not parse; want method@layer:ratio or method@layer=count, "
-                             "e.g. 'dart@2=252 random@20:0.9'")
+            raise InputError(f"schedule part {part!r} does not parse; want method@layer:ratio or "
+                             "method@layer=count, e.g. 'dart@2=252 random@20:0.9'")
         method, layer, ratio, number = match.groups()
-        check_method(method, int(layer))
+        layer = int(layer)
+        check_method(method, layer)
         if ratio and float(ratio) > 1:
-            raise InputError(f"schedule part {part!r}: ratio is {ratio}, want 0..1, the fraction removed")
-        if schedule and int(layer) <= schedule[-1][0]:
-            raise InputError(f"schedule {text!r}: layer {layer} after layer {schedule[-1][0]}; layers must ascend")
-        schedule.append((int(layer), method, float(ratio) if ratio else int(number)))
+            raise InputError(f"schedule part {part!r}: ratio is {ratio}, want 0..1, the fraction "
+                             "removed")
+        if schedule and layer <= schedule[-1][0]:
+            raise InputError(f"schedule {text!r}: layer {layer} after layer {schedule[-1][0]}; "
+                             "layers must ascend")
+        amount = float(ratio) if ratio else int(number)
+        schedule.append((layer, method, amount))
     return schedule
 
 
 def format_schedule(schedule) -> str:
     """The inverse of `parse_schedule`."""
-    return " ".join(f"{method}@{layer}" + (f"={amount}" if isinstance(amount, int) else f":{amount}")
-                    for layer, method, amount in schedule)
-
-
-def check_method(method: str, layer: int):
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}; want one of {', '.join(METHODS)}")
-    if layer == 0 and method in NEED_A_LAYER:
-        raise InputError(f"{method} reads the layer before the one it prunes at: it cannot act at layer 0; want 1 or later")
+    parts = []
+    for layer, method, amount in schedule:
+        sign = "=" if isinstance(amount, int) else ":"
+        parts.append(f"{method}@{layer}{sign}{amount}")
+    return " ".join(parts)
 
 
 def count(amount: float | int, N: int) -> int:
-    """How many of N tokens a schedule's amount keeps: an int is that many, a float the fraction removed."""
-    return min(amount, N) if isinstance(amount, int) else round(N * (1 - amount))
+    """How many of N tokens an amount keeps: an int is that many, a float the fraction removed."""
+    if isinstance(amount, int):
+        return min(amount, N)
+    return round(N * (1 - amount))
 
 
 def visual_tokens(schedule: list, N: int, L: int) -> list[int]:
     """Visual tokens at the input of each of the L layers."""
     tokens = [N] * L
     for layer, _, amount in schedule:
-        tokens[layer:] = [min(count(amount, N), tokens[layer])] * (L - layer)
+        n = min(count(amount, N), tokens[layer])
+        tokens[layer:] = [n] * (L - layer)
     return tokens
 
 
 def mean_visual_tokens(schedule: list, N: int, L: int) -> float:
-    """Mean over the L layers of the visual tokens at each layer's input: the budget that makes methods comparable."""
+    """Mean over the layers of the visual tokens at each layer's input: the budget that makes
+    methods comparable."""
     return sum(visual_tokens(schedule, N, L)) / L
 
 
-def at_budget(method: str, budget: float, deep: int, N: int, L: int) -> list[tuple]:
-    """Three schedules that hold `budget` of the N tokens in the mean over L layers: the method alone; with random pruning at
-    layer `deep`, the horizon; and with everything dropped there. What the deep layers give up, the others keep.
+def at_budget(method: str, budget: float, horizon_layer: int, N: int, L: int) -> list[tuple]:
+    """Three schedules whose mean over L layers is `budget` of the N tokens: the method alone; with
+    random pruning from the horizon on; with nothing kept from the horizon on.
 
-    As the official code divides it: a method that reads a layer starts at 2, or at 1 where that would take over a quarter
-    of the budget; random keeps a fifth of the mean (at a mean of 192: dart@2=252 or divprune@0=284, then random@20=39 or 38).
-    Rounded in favour of the method alone. Raises InputError where a stage would keep less than one token, or more than all.
+    Divided as in the official code: a method that needs a layer starts at 2, or at 1 where layers 0
+    and 1 would take over a quarter of the budget; random keeps a fifth of the mean. For a mean of
+    192 of 576: dart@2=252 or divprune@0=284, then random@20=39 or 38. Rounding favours the method
+    alone. Raises InputError where a stage would keep less than one token, or more than all.
     """
-    first = 0 if method not in NEED_A_LAYER else 2 if 2 <= budget * L / 4 else 1
+    first = 0
+    if METHODS[method].needs_layer:
+        first = 2 if 2 <= budget * L / 4 else 1
+    if horizon_layer <= first:
+        raise InputError(f"layer {horizon_layer}: random cannot follow {method}, which starts at "
+                         f"layer {first}; want a later one")
     alone = math.ceil((budget * L - first) * N / (L - first))
-    total = first * N + (L - first) * alone
-    few = round(total / L / 5)
-    if deep <= first:
-        raise InputError(f"layer {deep}: random cannot follow {method}, which starts at layer {first}; want a later one")
-    with_random, with_none = ((total - first * N - (L - deep) * n) // (deep - first) for n in (few, 0))
-    if min(alone, few, with_random) < 1 or with_none > N:
-        raise InputError(f"budget {budget:.3g} does not fit {method} from layer {first} on and random from layer {deep} on: they "
-                         f"would keep {alone} alone, {with_random} and {few}, {with_none} and 0, of {N} tokens")
+    total = first * N + (L - first) * alone                 # tokens, summed over the layers
+    past = round(total / L / 5)
+    with_random = (total - first * N - (L - horizon_layer) * past) // (horizon_layer - first)
+    with_none = (total - first * N) // (horizon_layer - first)
+    if min(alone, past, with_random) < 1 or with_none > N:
+        raise InputError(f"budget {budget:.3g} does not fit {method} from layer {first} on and "
+                         f"random from layer {horizon_layer} on: they would keep {alone} alone, "
+                         f"{with_random} and {past}, {with_none} and 0, of {N} tokens")
+    return [((first, method, ratio(alone, N)),),
+            ((first, method, ratio(with_random, N)), (horizon_layer, "random", ratio(past, N))),
+            ((first, method, ratio(with_none, N)), (horizon_layer, "random", 1.0))]
 
-    def stages(*kept):
-        return tuple((layer, name, round(1 - n / N, 4)) for layer, name, n in kept)
-    return [stages((first, method, alone)), stages((first, method, with_random), (deep, "random", few)),
-            stages((first, method, with_none), (deep, "random", 0))]
+
+def ratio(n: int, N: int) -> float:
+    """The fraction removed that keeps n of N."""
+    return round(1 - n / N, 4)
 
 
 def flops(config, rows: list[int], past: int = 0) -> int:
-    """Prefill FLOPs of the decoder layers, two per multiply-add; config: the text config; rows at each layer's input;
-    past: rows before them whose keys and values are in the cache.
+    """Prefill FLOPs of the decoder layers, two per multiply-add.
 
-    Exact for grouped queries and three MLP matrices; attention counts its causal half. Vision tower and head are apart.
+    config: the text config. rows: at each layer's input. past: rows before them whose keys and
+    values are in the cache. Exact for grouped queries and three MLP matrices; of attention, its
+    causal half. The vision tower and the output head are not in it.
     """
-    d, m = config.hidden_size, config.intermediate_size
-    d_q, d_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    return sum(2 * n * d * (d_q + 2 * d_kv) + 2 * n * d_q * d + 2 * n * (n + 2 * past) * d_q + 6 * n * d * m for n in rows)
+    d = config.hidden_size
+    m = config.intermediate_size
+    d_q = config.num_attention_heads * config.head_dim
+    d_kv = config.num_key_value_heads * config.head_dim
+    total = 0
+    for n in rows:
+        projections = 2 * n * d * (d_q + 2 * d_kv) + 2 * n * d_q * d
+        attended = 2 * n * (n + 2 * past) * d_q
+        mlp = 6 * n * d * m
+        total += projections + attended + mlp
+    return total

@@ -1,4 +1,5 @@
-"""Each method equals its authors' function on recorded random tensors, and does by hand what its rule says."""
+"""Each method equals its authors' function on recorded random tensors, and does by hand what its
+rule says."""
 import json
 import math
 from pathlib import Path
@@ -10,183 +11,286 @@ import torch.nn.functional as F
 import tokprune
 from tokprune import METHODS, View
 
-# tests/golden/methods.json: recorded from the authors' functions; 7 text rows, 36 visual, 9 text
+# recorded from the authors' functions: 7 text rows, 36 visual ones, 9 text rows
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "methods.json").read_text())
-BEFORE, V, AFTER, H, D, C = (GOLDEN["shapes"][k] for k in ("before", "visual", "after", "heads", "head_dim", "width"))
-T = BEFORE + V + AFTER
+SHAPES = GOLDEN["shapes"]
+BEFORE = SHAPES["before"]
+V = SHAPES["visual"]
+H = SHAPES["heads"]
+D = SHAPES["head_dim"]
+C = SHAPES["width"]
+T = BEFORE + V + SHAPES["after"]
 
 
 def cases(method):
-    return [pytest.param(c, id=f"{c['seed']}-{c.get('n', c.get('clusters'))}") for c in GOLDEN["cases"] if c["method"] == method]
+    return [case for case in GOLDEN["cases"] if case["method"] == method]
 
 
-def drawn(case):
-    g = torch.Generator().manual_seed(case["seed"])
+def name_of(case):
+    return f"{case['seed']}-{case.get('n', case.get('clusters'))}"
+
+
+def recorded(method):
+    return pytest.mark.parametrize("case", cases(method), ids=name_of)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def numbers_of(case):
+    g = generator(case["seed"])
     return lambda *shape: torch.randn(*shape, generator=g)
 
 
-@pytest.mark.parametrize("case", cases("fastv"))
+def kept_by(method, view, n):
+    return METHODS[method](view, n).tolist()
+
+
+@recorded("fastv")
 def test_fastv_equals_the_authors_rule(case):
-    draw = drawn(case)
-    q, k = draw(1, H, T, D)[0], draw(1, H, T, D)[0]
-    view = View(2, (BEFORE, V), x=torch.zeros(T, C), attention=lambda rows: tokprune.attention(q, k, rows))
-    assert METHODS["fastv"](view, case["n"]).tolist() == case["kept"]
+    draw = numbers_of(case)
+    q = draw(1, H, T, D)[0]
+    k = draw(1, H, T, D)[0]
+    view = View(2, (BEFORE, V), x=torch.zeros(T, C),
+                attention=lambda rows: tokprune.attention(q, k, rows))
+    assert kept_by("fastv", view, case["n"]) == case["kept"]
 
 
-@pytest.mark.parametrize("case", cases("divprune"))
+@recorded("divprune")
 def test_divprune_equals_the_authors_rule(case):
-    view = View(0, (0, V), x=drawn(case)(V, C))
-    assert METHODS["divprune"](view, case["n"]).tolist() == sorted(case["picked_in_order"])
+    view = View(0, (0, V), x=numbers_of(case)(V, C))
+    assert kept_by("divprune", view, case["n"]) == sorted(case["picked_in_order"])
 
 
-@pytest.mark.parametrize("case", cases("scope"))
+@recorded("scope")
 def test_scope_equals_the_authors_rule(case):
-    g = torch.Generator().manual_seed(case["seed"])
-    view = View(0, (0, V), x=torch.randn(1, V, C, generator=g)[0], saliency=lambda: torch.rand(1, V, generator=g)[0])
-    assert METHODS["scope"](view, case["n"]).tolist() == sorted(case["picked_in_order"])
+    g = generator(case["seed"])
+    x = torch.randn(1, V, C, generator=g)[0]
+    saliency = torch.rand(1, V, generator=g)[0]
+    view = View(0, (0, V), x=x, saliency=lambda: saliency)
+    assert kept_by("scope", view, case["n"]) == sorted(case["picked_in_order"])
 
 
-@pytest.mark.parametrize("case", cases("dart"))
+@recorded("dart")
 def test_dart_equals_the_authors_rule_in_their_pivot_order(case):
-    """Ours is image pivots by rank, then text pivots; theirs is the order of a Python set. Pivots and the picking are theirs."""
-    draw = drawn(case)
-    hidden, keys = draw(1, T, C)[0], draw(1, H, T, D)[0]
-    norm = keys.transpose(0, 1).flatten(1).abs().sum(1)
-    image = BEFORE + norm[BEFORE:BEFORE + V].argsort(descending=True)[:4]
+    """Pivots and picking are theirs. Our pivots take turns by rank, the visual ones first; theirs
+    in the order of a Python set."""
+    draw = numbers_of(case)
+    hidden = draw(1, T, C)[0]
+    keys = draw(1, H, T, D)[0].transpose(0, 1).flatten(1)
+    norm = keys.abs().sum(1)
+    visual = BEFORE + norm[BEFORE:BEFORE + V].argsort(descending=True)[:4]
     text = BEFORE + V + norm[BEFORE + V:].argsort(descending=True)[:4]
-    assert [*image.tolist(), *text.tolist()] == case["pivots_by_rank"]
+    assert [*visual.tolist(), *text.tolist()] == case["pivots_by_rank"]
     h = F.normalize(hidden, dim=1)
 
     def kept(pivots):
-        return tokprune.least_similar_in_turn(h[BEFORE:BEFORE + V] @ h[pivots].T, image - BEFORE, case["n"]).tolist()
+        similarity = h[BEFORE:BEFORE + V] @ h[pivots].T
+        return tokprune.least_similar_in_turn(similarity, visual - BEFORE, case["n"]).tolist()
     assert kept(case["pivot_order_of_the_original"]) == case["kept"]
-    view = View(2, (BEFORE, V), x=hidden, keys=keys.transpose(0, 1).flatten(1), normed=lambda: hidden)
-    assert METHODS["dart"](view, case["n"]).tolist() == kept(case["pivots_by_rank"])
+    view = View(2, (BEFORE, V), x=hidden, keys=keys, normed=lambda: hidden)
+    assert kept_by("dart", view, case["n"]) == kept(case["pivots_by_rank"])
 
 
-@pytest.mark.parametrize("case", [c for c in cases("sparsevlm merge") if c.id != "2-2"])
+@pytest.mark.parametrize("case", [case for case in cases("sparsevlm merge")
+                                  if name_of(case) != "2-2"], ids=name_of)
 def test_sparsevlm_merges_as_the_authors_code_does(case):
-    """Theirs breaks exact ties of density with random noise, ours by row order: theirs must be ours for some order of the rows.
+    """Theirs breaks exact ties of density by random noise, ours by the order of the rows: theirs
+    must be ours for some order.
 
-    With 2 clusters, density is the distance to one neighbour, so mutual neighbours tie; with 5 there are no ties. Left out is
-    the recording where the noise, 17 steps of float32 wide, did not break the tie of the densest two and both became centers.
+    With 2 clusters, density is the distance to one neighbour, so that mutual neighbours tie; with 5
+    nothing ties. Left out is the recording where the noise, 17 steps of float32 wide, did not break
+    the tie of the densest two, and both became centers.
     """
-    g = torch.Generator().manual_seed(case["seed"])
+    g = generator(case["seed"])
     x = torch.randn(1, int(case["draw"].split(",")[1]), C, generator=g)[0]
     want = torch.tensor(case["merged_sorted_by_first_value"])
 
     def equal(order):
         _, merged = tokprune.cluster(x[order], case["clusters"])
-        return torch.allclose(merged[merged[:, 0].argsort()], want, rtol=0, atol=1e-5)                 # five digits recorded
+        merged = merged[merged[:, 0].argsort()]
+        return torch.allclose(merged, want, rtol=0, atol=1e-5)          # five digits are recorded
     if case["clusters"] == 2:
         assert any(equal(torch.randperm(len(x), generator=g)) for _ in range(100))
     else:
         assert all(equal(torch.randperm(len(x), generator=g)) for _ in range(10))
 
 
-# ---- by hand and by brute force ---------------------------------------------------------------------------------
-
-def test_fastv_by_hand():
-    """Two heads disagree; the mean decides. Row 5 is the last prompt token."""
-    probabilities = torch.tensor([[[.1, .5, .1, .1, .1, .1]], [[.1, .1, .2, .4, .1, .1]]])
-    view = View(1, (1, 3), x=torch.zeros(6, 4), attention=lambda rows: probabilities if rows.tolist() == [5] else None)
-    assert METHODS["fastv"](view, 1).tolist() == [0]           # means .3, .15, .25
-    assert METHODS["fastv"](view, 2).tolist() == [0, 2]
-
+# ---- by hand and by brute force ------------------------------------------------------------------
 
 def test_attention_rows_equal_the_full_causal_softmax():
-    g = torch.Generator().manual_seed(0)
-    q, k = torch.randn(4, 9, 8, generator=g), torch.randn(2, 9, 8, generator=g)
-    full = (q @ k.repeat_interleave(2, 0).transpose(1, 2) / math.sqrt(8)).masked_fill(~torch.ones(9, 9).tril().bool(), -math.inf)
-    torch.testing.assert_close(tokprune.attention(q, k, torch.tensor([2, 8])), full.softmax(-1)[:, [2, 8]])
+    """4 query heads on 2 key heads, and queries of the last 6 of 9 rows."""
+    g = generator(0)
+    q = torch.randn(4, 9, 8, generator=g)
+    k = torch.randn(2, 9, 8, generator=g)
+    scores = q @ k.repeat_interleave(2, 0).transpose(1, 2) / math.sqrt(8)
+    later = ~torch.ones(9, 9).tril().bool()
+    full = scores.masked_fill(later, -math.inf).softmax(-1)
+    torch.testing.assert_close(tokprune.attention(q, k, torch.tensor([2, 8])), full[:, [2, 8]])
+    some = tokprune.attention(q[:, 3:], k, torch.tensor([0, 4]))
+    torch.testing.assert_close(some, full[:, [3, 7]])
+
+
+def test_random_is_uniform_over_tokens():
+    """2,000 draws of 6 from 16: each token is expected 750 times, with a deviation of 21.7."""
+    counts = torch.zeros(16)
+    for seed in range(2000):
+        view = View(0, (0, 16), x=torch.zeros(16, 1), rng=generator(seed))
+        counts[METHODS["random"](view, 6)] += 1
+    assert (counts - 750).abs().max() < 5 * 21.7
+
+
+def test_grid_is_evenly_spaced():
+    """floor((i + 0.5) 10 / 4) is 1, 3, 6, 8."""
+    view = View(0, (0, 10), x=torch.zeros(10, 1))
+    assert kept_by("grid", view, 4) == [1, 3, 6, 8]
+    assert kept_by("grid", view, 1) == [5]
+
+
+def test_fastv_by_hand():
+    """Two heads disagree; the mean decides: .3, .15, .25. Row 5 is the last prompt token."""
+    probabilities = torch.tensor([[[.1, .5, .1, .1, .1, .1]], [[.1, .1, .2, .4, .1, .1]]])
+
+    def attention(rows):
+        assert rows.tolist() == [5]
+        return probabilities
+    view = View(1, (1, 3), x=torch.zeros(6, 4), attention=attention)
+    assert kept_by("fastv", view, 1) == [0]
+    assert kept_by("fastv", view, 2) == [0, 2]
 
 
 def test_divprune_by_hand():
-    """Directions in degrees: 200 is farthest from its nearest; 10 is 170 away from it; then 90 is 80 away from both."""
+    """Directions in degrees: 200 is farthest from its nearest; 10 is 170 away from it; then 90 is
+    80 away from both."""
     angle = torch.tensor([0., 10., 35., 90., 200.]).deg2rad()
     view = View(0, (0, 5), x=torch.stack([angle.cos(), angle.sin()], 1))
-    assert METHODS["divprune"](view, 1).tolist() == [4]
-    assert METHODS["divprune"](view, 2).tolist() == [1, 4]
-    assert METHODS["divprune"](view, 3).tolist() == [1, 3, 4]
-
-
-def test_divprune_equals_brute_force():
-    x = torch.randn(12, 5, generator=torch.Generator().manual_seed(3))
-    f = x / x.norm(dim=1, keepdim=True)
-    distance = (1 - f @ f.T).tolist()
-    picked = [max(range(12), key=lambda i: min(distance[i][j] for j in range(12) if j != i))]
-    while len(picked) < 7:
-        picked.append(max((i for i in range(12) if i not in picked), key=lambda i: min(distance[i][j] for j in picked)))
-    assert METHODS["divprune"](View(0, (0, 12), x=x), 7).tolist() == sorted(picked)
+    assert kept_by("divprune", view, 1) == [4]
+    assert kept_by("divprune", view, 2) == [1, 4]
+    assert kept_by("divprune", view, 3) == [1, 3, 4]
 
 
 def test_scope_equals_brute_force():
-    g = torch.Generator().manual_seed(4)
-    x, a = torch.randn(10, 5, generator=g), torch.rand(10, generator=g)
+    g = generator(4)
+    x = torch.randn(10, 5, generator=g)
+    saliency = torch.rand(10, generator=g)
     f = x / x.norm(dim=1, keepdim=True)
-    s = (f @ f.T).tolist()
+    similarity = (f @ f.T).tolist()
     picked = []
+
+    def coverage(tokens):
+        return sum(max([0, *(similarity[i][j] for j in tokens)]) for i in range(10))
+
+    def gain(j):
+        return (coverage([*picked, j]) - coverage(picked)) * saliency[j].item()
     for _ in range(5):
-        covered = [max([s[i][j] for j in picked], default=0) for i in range(10)]
-        covered = [max(c, 0) for c in covered]
-        gain = [sum(max(0, s[i][j] - covered[i]) for i in range(10)) * a[j].item() for j in range(10)]
-        picked.append(max((j for j in range(10) if j not in picked), key=lambda j: gain[j]))
-    assert METHODS["scope"](View(0, (0, 10), x=x, saliency=lambda: a), 5).tolist() == sorted(picked)
+        picked.append(max((j for j in range(10) if j not in picked), key=gain))
+    view = View(0, (0, 10), x=x, saliency=lambda: saliency)
+    assert kept_by("scope", view, 5) == sorted(picked)
+
+
+# Six visual tokens between a text token and another. By the norm of their keys the visual pivots
+# are tokens 0 to 3, which point to 0 degrees, and the first of them chooses one of tokens 4 and 5.
+DART_KEYS = torch.tensor([[0.], [9.], [8.], [7.], [6.], [1.], [1.], [5.]])
+
+
+def directions(*degrees):
+    angle = torch.tensor(degrees).deg2rad()
+    return torch.stack([angle.cos(), angle.sin()], 1)
 
 
 def test_dart_by_hand():
-    """Six visual tokens between one text token and one: pivots by key norm, then the least similar to each in turn."""
-    keys = torch.tensor([[0.], [9.], [8.], [7.], [6.], [1.], [1.], [5.]])
-    angle = torch.tensor([0., 0., 0., 0., 0., 60., 170., 160.]).deg2rad()
-    hidden = torch.stack([angle.cos(), angle.sin()], 1)
-    view = View(1, (1, 6), x=hidden, keys=keys, normed=lambda: hidden)
-    assert METHODS["dart"](view, 3).tolist() == [0, 1, 2]      # fewer than the image pivots: the first of them
-    assert METHODS["dart"](view, 5).tolist() == [0, 1, 2, 3, 5]  # the first pivot looks at 0 degrees: 170 is less like it than 60
+    """170 degrees are less like 0 than 60. Fewer than 4 tokens are the first pivots."""
+    hidden = directions(0., 0., 0., 0., 0., 60., 170., 160.)
+    view = View(1, (1, 6), x=hidden, keys=DART_KEYS, normed=lambda: hidden)
+    assert kept_by("dart", view, 3) == [0, 1, 2]
+    assert kept_by("dart", view, 5) == [0, 1, 2, 3, 5]
+
+
+def test_dart_compares_the_normed_hidden_states():
+    """Before the norm, token 4 is the less similar one; behind it, token 5."""
+    raw = directions(0., 0., 0., 0., 0., 180., 0., 0.)
+    normed = directions(0., 0., 0., 0., 0., 0., 180., 0.)
+    view = View(1, (1, 6), x=raw, keys=DART_KEYS, normed=lambda: normed)
+    assert kept_by("dart", view, 5) == [0, 1, 2, 3, 5]
+
+
+def raters_of(visual, text):
+    """The text tokens that SparseVLM lets rate, where the prompt begins with the visual ones."""
+    embeds = torch.tensor(visual + text)
+    rows = len(embeds)
+    asked = []
+
+    def attention(raters):
+        asked.extend(raters.tolist())
+        return torch.ones(2, len(raters), rows)
+    view = View(1, (0, len(visual)), torch.zeros(rows, 2), embeds, (0, len(visual)),
+                attention=attention)
+    tokprune.attention_of_raters(view)
+    return [row - len(visual) for row in asked]
+
+
+def test_sparsevlms_raters_are_relevant_to_the_mean_visual_token():
+    """Relevance is .75, .25, 0 by the mean over visual tokens, where the third of them, .33, is to
+    be passed; by the maximum it were 1, 1, 0, and the second would rate too. Where no token passes
+    the mean, as where all are alike, every one rates."""
+    visual = [[4., 0], [4., 0], [4., 0], [0, 9.]]
+    assert raters_of(visual, [[3., 0], [0, 3.], [0, 0]]) == [0]
+    assert raters_of(visual, [[0., 0.], [0., 0.], [0., 0.]]) == [0, 1, 2]
 
 
 def test_sparsevlm_by_hand():
-    """One text token looks at the image, so it alone rates; its attention orders the tokens; 4 are kept, 2 merged of 20."""
-    g = torch.Generator().manual_seed(0)
-    embeds = torch.cat([torch.zeros(1, 4), torch.ones(64, 4), torch.tensor([[0., 0, 0, 0], [3., 3, 3, 3], [0, 0, 0, 0]])])
+    """One text token looks at the image, so that it alone rates. Of 64 tokens, 4 are kept; of the
+    60 others, the next 19 (30 % + 1) are merged into 2."""
+    g = generator(0)
+    embeds = torch.zeros(68, 4)
+    embeds[1:65] = 1
+    embeds[66] = 3
     x = torch.randn(68, 4, generator=g)
-    score = torch.rand(64, generator=g)
-    probabilities = torch.zeros(2, 1, 68)
-    probabilities[:, 0, 1:65] = score
-    asked = []
-    view = View(3, (1, 64), x, embeds, (1, 64), attention=lambda rows: asked.append(rows.tolist()) or probabilities)
+    probabilities = torch.rand(2, 1, 68, generator=g)
+    score = probabilities[:, 0, 1:65].mean(0)                   # over two heads
+
+    def attention(rows):
+        assert rows.tolist() == [66]
+        return probabilities
+    view = View(3, (1, 64), x, embeds, (1, 64), attention=attention)
     idx, rows = METHODS["sparsevlm"](view, 6)
     order = score.argsort(descending=True)
-    assert asked == [[66]]
-    assert set(order[:4].tolist()) < set(idx.tolist())         # P = 60 others, int(0.3 P) + 1 = 19 recycled into 2
-    assert set(idx.tolist()) <= set(order[:23].tolist())
-    kept = [i for i in range(6) if idx[i] in order[:4]]
-    merged = [i for i in range(6) if i not in kept]
-    assert rows[kept].equal(x[1:65][idx[kept]])
-    centers, means = tokprune.cluster(x[1:65][order[4:23]], 2)
-    assert sorted(idx[merged].tolist()) == sorted(order[4:23][centers].tolist())
-    torch.testing.assert_close(rows[merged].sort(0).values, means.sort(0).values)
+    best = order[:4]
+    recycled = order[4:23]
+    visual = x[1:65]
+    centers, means = tokprune.cluster(visual[recycled], 2)
+    want = {token: visual[token] for token in best.tolist()}
+    want |= dict(zip(recycled[centers].tolist(), means))
+    assert idx.tolist() == sorted(want)
+    torch.testing.assert_close(rows, torch.stack([want[token] for token in sorted(want)]))
+
+
+@pytest.mark.parametrize("n, V, want", [(6, 64, (4, 19, 2)), (1, 64, None), (1, 3, (0, 1, 1))])
+def test_sparsevlm_keeps_as_many_as_leave_room_for_the_merged(n, V, want):
+    assert tokprune.recycling(n, V) == want
 
 
 def test_cluster_by_hand():
-    """Nearest neighbours lie 1, 1, 1.5 and 1.2, 0.8, 0.8 away: 11.2 is densest; 0 is dense and far from all that is denser."""
-    centers, means = tokprune.cluster(torch.tensor([[0.], [1.], [2.5], [10.], [11.2], [12.]]), 2)
+    """Nearest neighbours lie 1, 1, 1.5 and 1.2, 0.8, 0.8 away: 11.2 is densest; 0 is dense and far
+    from all that is denser."""
+    x = torch.tensor([[0.], [1.], [2.5], [10.], [11.2], [12.]])
+    centers, means = tokprune.cluster(x, 2)
     assert centers.tolist() == [4, 0]
     torch.testing.assert_close(means[:, 0], torch.tensor([33.2 / 3, 3.5 / 3]))
 
 
-def test_random_is_uniform_over_tokens():
-    """Every token is kept about as often as any other: 2,000 draws of 6 from 16, each expected 750 times, deviation 21.7."""
-    counts = torch.zeros(16)
-    for seed in range(2000):
-        counts[METHODS["random"](View(0, (0, 16), x=torch.zeros(16, 1), rng=torch.Generator().manual_seed(seed)), 6)] += 1
-    assert (counts - 750).abs().max() < 5 * 21.7
-
-
-def test_info_keeps_the_most_informative_and_ties_to_the_lowest():
+def test_the_most_informative_tokens_are_kept_and_ties_go_to_the_lowest():
     view = View(0, (2, 5), x=torch.zeros(9, 1), info=torch.tensor([.1, .5, .1, -.2, .5]))
-    assert METHODS["info"](view, 3).tolist() == [0, 1, 4]
+    assert kept_by("info", view, 3) == [0, 1, 4]
 
 
-def test_info_without_the_gold_answer_says_so():
-    with pytest.raises(tokprune.InputError, match="oracle"):
-        METHODS["info"](View(0, (0, 5), x=torch.zeros(5, 1)), 3)
+@pytest.mark.parametrize("method", ["info-turns", "hindsight"])
+def test_the_tokens_of_an_answer_take_turns(method):
+    """Both want token 2 most: the first gets it, the second its next best, ties to the lowest."""
+    info = torch.tensor([[.5, .3], [.1, .7], [.9, .8], [.5, .7]])
+    view = View(0, (0, 4), x=torch.zeros(4, 1), info=info)
+    assert kept_by(method, view, 1) == [2]
+    assert kept_by(method, view, 2) == [1, 2]
+    assert kept_by(method, view, 3) == [0, 1, 2]
+    assert info[2].tolist() == pytest.approx([.9, .8])          # what was measured stays as it is

@@ -1,0 +1,658 @@
+"""Qwen3-VL in one file: prompt, the model and its layer loop, Qwen3 decoder, vision tower with
+mergers, image; then configuration and loading.
+
+`Qwen3.run` moves a Stream forward by layers and stops wherever it is asked to, so that tokprune can
+take visual rows out of it. Everything here is the published model; pruning is not its business.
+
+DeepStack: beside the visual tokens the tower returns several planes, with a row for each token.
+Plane i is added to the visual rows right after decoder layer i, so it is part of x at the input of
+layer i + 1. A visual row that leaves before then takes its row of the plane with it.
+
+    B variants of one prompt   T rows   S rows with those in the cache   V visual tokens   P patches
+    N visual tokens at first   C width   H heads   G key/value heads   D head width   L layers
+"""
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from support import checkpoint
+from support.files import read_json
+from tokprune import KV, InputError, Stream, with_room
+
+# the chat template of the checkpoint for one user turn: no system turn, image first, no BOS
+PROMPT = ("<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n"
+          "<|im_start|>assistant\n")
+MEAN = 0.5                              # of every channel; not CLIP's
+STD = 0.5
+
+
+# ---- model ---------------------------------------------------------------------------------------
+
+class Qwen3(nn.Module):
+    """Qwen3-VL, dense (arXiv 2511.21631). Parameters carry the names of the published checkpoint,
+    less the "model." before "visual." and "language_model."."""
+
+    def __init__(self, config: "Config", tokenizer: Tokenizer, eos: set[int]):
+        super().__init__()
+        text = config.text
+        self.config = config
+        self.tokenizer = tokenizer
+        self.eos = eos
+        self.num_layers = text.num_hidden_layers
+        self.visual = VisionTower(config.vision)
+        self.model = Decoder(text)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        exponent = torch.arange(0, text.head_dim, 2, dtype=torch.float32, device="cpu")
+        inv_freq = 1 / text.rope_theta ** (exponent / text.head_dim)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)    # float32 in every dtype
+
+    def preprocess(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        """Patches (P, 3 * 2 * 16 * 16) float32, and the grid of visual tokens (rows, columns)."""
+        c = self.config.vision
+        pixels = normalize(self.canvas(image))
+        return patchify(pixels, c.patch_size, c.spatial_merge_size, c.temporal_patch_size)
+
+    def canvas(self, image: Image.Image) -> Image.Image:
+        """The resized image that the visual tokens tile: of its own shape, in multiples of a token.
+        """
+        c = self.config
+        height, width = smart_resize(image.height, image.width, c.factor, c.min_pixels,
+                                     c.max_pixels)
+        return on_white(image).resize((width, height), Image.BICUBIC)
+
+    @torch.inference_mode()
+    def begin(self, image: Image.Image | tuple, question: str) -> Stream:
+        """A prompt about one image, or what `preprocess` makes of it -> Stream at layer 0, B = 1.
+        """
+        pixels, grid = image if isinstance(image, tuple) else self.preprocess(image)
+        embed = self.model.embed_tokens
+        device = embed.weight.device
+        pixels = pixels[None].to(device, embed.weight.dtype)
+        features, planes, saliency = self.visual(pixels, grid)
+        ids = self.tokenizer.encode(PROMPT.format(question=question)).ids
+        places = [i for i, token in enumerate(ids) if token == self.config.image_token]
+        if len(places) != 1:
+            raise InputError(f"prompt holds {len(places)} <|image_pad|> tokens (id "
+                             f"{self.config.image_token}), want 1: {question!r}")
+        start = places[0]
+        V = features.shape[1]                                                   # (1, V, C)
+        ids = torch.tensor(ids[:start] + V * [ids[start]] + ids[start + 1:], device=device)
+        x = embed(ids)                                                          # (T, C)
+        x[start:start + V] = features[0]
+        pos, next_pos = positions(start, grid, len(ids))                        # (3, T)
+        return Stream(layer=0, x=x[None], pos=pos[:, None].to(device), next_pos=next_pos,
+                      visual=(start, V), origin=torch.arange(V, device=device)[None], N=V,
+                      grid=grid, cache=[None] * self.num_layers, queries=None, ids=ids, embeds=x,
+                      saliency=lambda: saliency()[0],
+                      planes=tuple(plane[0] for plane in planes))
+
+    @torch.inference_mode()
+    def run(self, stream: Stream, stop: int | None = None) -> Stream:
+        """Layers stream.layer .. stop-1 on every row -> Stream at layer `stop` (None: past the
+        last), the planes of those layers added.
+
+        The one decoder loop: prefill, pruned prefill and decoding all pass here. Rows that a
+        layer's cache holds already are attended to: earlier tokens when decoding, the shared prefix
+        when measuring information.
+        """
+        stop = self.num_layers if stop is None else stop
+        assert stream.layer <= stop <= self.num_layers, \
+            f"stop is {stop}, want {stream.layer}..{self.num_layers}"
+        x = stream.x
+        queries = stream.queries
+        cache = list(stream.cache)
+        rope = self.rope(stream.pos, x.dtype)
+        for layer in range(stream.layer, stop):
+            queries = None                          # only the last layer's are used: let go of it
+            x, queries, cache[layer] = self.model.layers[layer](x, rope, cache[layer])
+            if layer < len(stream.planes):
+                x = add_to_visual(x, stream.planes[layer], stream.visual, stream.origin)
+        return replace(stream, layer=stop, x=x, cache=cache, queries=queries)
+
+    def rope(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
+        """Interleaved M-RoPE: positions (3, B, T) -> cos and sin (B, 1, T, D).
+
+        Of the frequencies 0, 1, 2, ... number 1, 4, 7, ... turn with the row and 2, 5, 8, ... with
+        the column, as many as mrope_section says; all others turn with t. A text token has all
+        three alike, which is the ordinary rotary embedding.
+        """
+        _, rows, cols = self.config.text.mrope_section
+        by_row = slice(1, 3 * rows, 3)
+        by_col = slice(2, 3 * cols, 3)
+        t, y, x = pos[..., None].float() * self.inv_freq                        # (B, T, D/2) each
+        angles = t.clone()
+        angles[..., by_row] = y[..., by_row]
+        angles[..., by_col] = x[..., by_col]
+        return signed_cos_sin(angles[:, None], dtype)                           # (B, 1, T, D)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.model.norm(x)
+
+    @torch.inference_mode()
+    def logits(self, stream: Stream, row: int = -1) -> Tensor:
+        """(B, vocab) float32, of the token after that row of a stream past the last layer."""
+        assert stream.layer == self.num_layers, \
+            f"stream is at layer {stream.layer}, want {self.num_layers}"
+        return self.lm_head(self.final_norm(stream.x[:, row])).float()
+
+    @torch.inference_mode()
+    def decode(self, stream: Stream, max_new_tokens: int = 16,
+               repetition_penalty: float = 1.0) -> list[str]:
+        """Greedy answers of the B variants, through each layer's own cache. Stops when all ended.
+
+        repetition_penalty: logits of every token of prompt (image included) or answer are divided
+        by it, negative ones multiplied, as in transformers; 1 changes nothing.
+        """
+        stream = with_room(stream)
+        B = len(stream.x)
+        answers = [[] for _ in range(B)]
+        ended = [False] * B
+        seen = stream.ids.expand(B, -1)                         # (B, T at first and the answers)
+        for step in range(max_new_tokens):
+            logits = self.logits(stream)
+            repeated = logits.gather(1, seen)
+            penalised = torch.where(repeated < 0, repeated * repetition_penalty,
+                                    repeated / repetition_penalty)
+            logits.scatter_(1, seen, penalised)
+            ids = logits.argmax(-1)                             # (B,), ties to the lowest id
+            for b, token in enumerate(ids.tolist()):
+                ended[b] = ended[b] or token in self.eos
+                if not ended[b]:
+                    answers[b].append(token)
+            if all(ended) or step == max_new_tokens - 1:
+                break
+            seen = torch.cat([seen, ids[:, None]], 1)
+            stream = self.run(self.append(stream, ids[:, None]))
+        return [self.tokenizer.decode(answer).strip() for answer in answers]
+
+    def append(self, stream: Stream, ids: Tensor) -> Stream:
+        """New tokens (B, n) alone -> Stream at layer 0; the rows before are in the cache. None of
+        them is visual: no plane is added to them."""
+        x = self.model.embed_tokens(ids)                                        # (B, n, C)
+        next_pos = stream.next_pos + ids.shape[1]
+        pos = torch.arange(stream.next_pos, next_pos, device=x.device).expand(3, 1, -1)
+        return replace(stream, layer=0, x=x, pos=pos, next_pos=next_pos, queries=None, planes=())
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """The tokens it would emit for that answer, which begins a line: no blank before it."""
+        return self.tokenizer.encode(answer).ids
+
+
+def add_to_visual(x: Tensor, plane: Tensor, visual: tuple[int, int], origin: Tensor) -> Tensor:
+    """x (B, T, C) with the plane (N, C) added to its visual rows. Each gets the plane's row of the
+    same token: origin says which of the N tokens a visual row is."""
+    start, V = visual
+    x = x.clone()
+    x[:, start:start + V] += plane[origin]                                      # (B or 1, V, C)
+    return x
+
+
+def positions(start: int, grid: tuple[int, int], T: int) -> tuple[Tensor, int]:
+    """M-RoPE positions (3, T) as t, row, column, and the next one (transformers: get_rope_index).
+
+    Text counts on, alike in all three. A visual token (y, x) stands at (start, start + y,
+    start + x); text goes on after the image's largest position, so that an image of 10 x 10 tokens
+    takes 10 positions.
+    """
+    rows, cols = grid
+    end = start + rows * cols
+    shift = max(rows, cols) - rows * cols
+    pos = torch.arange(T).repeat(3, 1)
+    pos[0, start:end] = start
+    pos[1, start:end] = start + torch.arange(rows).repeat_interleave(cols)
+    pos[2, start:end] = start + torch.arange(cols).repeat(rows)
+    pos[:, end:] += shift
+    return pos, T + shift
+
+
+# ---- Qwen3 decoder -------------------------------------------------------------------------------
+
+class Decoder(nn.Module):
+    def __init__(self, c: "TextConfig"):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: "TextConfig"):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size)
+
+    def forward(self, x: Tensor, rope, past: KV | None = None):
+        """-> x, this layer's queries (B, H, T, D), and the cache of all rows so far."""
+        y, q, cache = self.self_attn(self.input_layernorm(x), rope, past)
+        y = x + y                                       # y again: attention's output is let go
+        return y + self.mlp(self.post_attention_layernorm(y)), q, cache
+
+
+class Attention(nn.Module):
+    """The heads' width is stated on its own: all of them together need not be as wide as C. Each
+    query and key is normed, over its own head, before it is rotated."""
+
+    def __init__(self, c: "TextConfig"):
+        super().__init__()
+        self.H = c.num_attention_heads
+        self.G = c.num_key_value_heads
+        self.D = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.H * self.D, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, self.G * self.D, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, self.G * self.D, bias=False)
+        self.o_proj = nn.Linear(self.H * self.D, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.D, c.rms_norm_eps)
+        self.k_norm = RMSNorm(self.D, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope, past: KV | None = None):
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, self.H, self.D))              # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, self.G, self.D))              # (B, T, G, D)
+        v = self.v_proj(x).view(B, T, self.G, self.D).transpose(1, 2)           # (B, G, T, D)
+        q = rotate(q.transpose(1, 2), rope)                                     # (B, H, T, D)
+        k = rotate(k.transpose(1, 2), rope)                                     # (B, G, T, D)
+        cache = KV(k, v) if past is None else past.append(k, v)                 # (B, G, S, D)
+        mask = None
+        if past is not None and T > 1:          # causal by row, never by position
+            mask = causal_lower_right(T, cache.keys.shape[2])
+        y = F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=mask,
+                                           is_causal=past is None, enable_gqa=self.G != self.H)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D)), q, cache
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, C: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(C, width, bias=False)
+        self.up_proj = nn.Linear(C, width, bias=False)
+        self.down_proj = nn.Linear(width, C, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.silu(self.gate_proj(x), inplace=True)
+        return self.down_proj(gate.mul_(self.up_proj(x)))
+
+
+class RMSNorm(nn.Module):
+    """In float32, and the result rounded before the weight, as the original does."""
+
+    def __init__(self, C: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(C))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+def signed_cos_sin(angles: Tensor, dtype) -> tuple[Tensor, Tensor]:
+    """(..., D/2) -> cos and sin (..., D) for `rotate`; sin has the minus of the first half."""
+    cos = angles.cos()
+    sin = angles.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+
+
+def rotate(x: Tensor, rope) -> Tensor:
+    """Rotary embedding in LLaMA's half-split form: dimension i turns with i + D/2."""
+    cos, sin = rope
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
+
+
+# ---- vision tower and mergers --------------------------------------------------------------------
+
+class VisionTower(nn.Module):
+    """A ViT in which every patch attends to every other. No CLS token. Positions twice: learned
+    ones, resampled to the image's grid, and rotary ones in row and column.
+
+    Patches come token by token in raster order, the 2x2 patches of a token together.
+    """
+
+    def __init__(self, c: "VisionConfig"):
+        super().__init__()
+        self.c = c
+        patch = (c.temporal_patch_size, c.patch_size, c.patch_size)
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv3d(3, c.hidden_size, patch)      # used as a matrix product
+        self.pos_embed = nn.Embedding(c.num_position_embeddings, c.hidden_size)
+        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
+        self.merger = Merger(c)
+        self.deepstack_merger_list = nn.ModuleList(
+            Merger(c, norm_merged=True) for _ in c.deepstack_visual_indexes)
+
+    def forward(self, pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, list, Callable]:
+        """(B, P, 1536) -> token features (B, V, C); the planes, (B, V, C) each; and a function that
+        returns (B, V) float32: how much the whole image attends to each token in the last block. It
+        is costly, and few methods ask."""
+        proj = self.patch_embed.proj
+        rope = self.rope(grid, pixels.device)
+        x = F.linear(pixels, proj.weight.flatten(1), proj.bias)         # (B, P, width)
+        x = x + self.learned_positions(grid).to(x.dtype)
+        planes = []
+        for i, block in enumerate(self.blocks):
+            x, q, k = block(x, rope)
+            if i in self.c.deepstack_visual_indexes:
+                merger = self.deepstack_merger_list[len(planes)]
+                planes.append(merger(x))
+        patches = self.c.spatial_merge_size ** 2                        # to a token
+
+        def saliency():
+            return column_mean(q, k).unflatten(1, (-1, patches)).mean(2)
+        return self.merger(x), planes, saliency
+
+    def learned_positions(self, grid: tuple[int, int]) -> Tensor:
+        """(P, width), float32 at least: the learned square grid, stretched over the patches of the
+        image, corners on corners."""
+        m = self.c.spatial_merge_size
+        side = math.isqrt(self.c.num_position_embeddings)
+        table = self.pos_embed.weight
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
+        table = table.view(side, side, -1).permute(2, 0, 1)[None]       # (1, width, side, side)
+        size = (grid[0] * m, grid[1] * m)
+        table = F.interpolate(table, size, mode="bilinear", align_corners=True)
+        return by_token(table[0].permute(1, 2, 0), m)
+
+    def rope(self, grid: tuple[int, int], device) -> tuple[Tensor, Tensor]:
+        """cos and sin (P, D) float32: half of the frequencies turn with a patch's row, half with
+        its column."""
+        D = self.c.hidden_size // self.c.num_heads
+        m = self.c.spatial_merge_size
+        rows = torch.arange(grid[0] * m, device=device)
+        cols = torch.arange(grid[1] * m, device=device)
+        y, x = torch.meshgrid(rows, cols, indexing="ij")
+        inv_freq = 1e4 ** -(torch.arange(0, D // 2, 2, device=device).float() / (D // 2))
+        angles = torch.cat([by_token(place[..., None], m) * inv_freq for place in (y, x)], -1)
+        return signed_cos_sin(angles, torch.float32)                    # (P, D/2)
+
+
+def by_token(x: Tensor, m: int) -> Tensor:
+    """(rows * m, columns * m, ...) in raster order -> (P, ...), the m x m patches of each token
+    together."""
+    return x.unflatten(1, (-1, m)).unflatten(0, (-1, m)).transpose(1, 2).flatten(0, 3)
+
+
+def column_mean(q: Tensor, k: Tensor) -> Tensor:
+    """Mean attention that each patch receives, over heads and rows: (B, P) float32. The matrix is
+    never held as a whole."""
+    keys = k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+    total = 0
+    for part in q.split(64, 2):                                         # (B, H, 64, D)
+        total = total + (part.float() @ keys).softmax(-1).sum((1, 2))
+    return total / (q.shape[1] * q.shape[2])
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, c: "VisionConfig"):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.hidden_size, 1e-6)
+        self.attn = VisionAttention(c)
+        self.norm2 = nn.LayerNorm(c.hidden_size, 1e-6)
+        self.mlp = VisionMLP(c)
+
+    def forward(self, x: Tensor, rope):
+        y, q, k = self.attn(self.norm1(x), rope)
+        y = x + y
+        return y + self.mlp(self.norm2(y)), q, k
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, c: "VisionConfig"):
+        super().__init__()
+        self.H = c.num_heads
+        self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size)
+        self.proj = nn.Linear(c.hidden_size, c.hidden_size)
+
+    def forward(self, x: Tensor, rope):
+        """-> y, and queries and keys (B, H, P, D)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.H, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, H, P, D) each
+        q = rotate(q.float(), rope).to(v.dtype)
+        k = rotate(k.float(), rope).to(v.dtype)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).flatten(2)), q, k
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, c: "VisionConfig"):
+        super().__init__()
+        self.linear_fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.linear_fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+
+
+class Merger(nn.Module):
+    """The 2x2 patches of a token -> a row of the decoder's width. Each patch is normed by itself,
+    but in the mergers of the planes the four together, as one row."""
+
+    def __init__(self, c: "VisionConfig", norm_merged: bool = False):
+        super().__init__()
+        self.width = c.hidden_size * c.spatial_merge_size ** 2
+        self.norm_merged = norm_merged
+        self.norm = nn.LayerNorm(self.width if norm_merged else c.hidden_size, 1e-6)
+        self.linear_fc1 = nn.Linear(self.width, self.width)
+        self.linear_fc2 = nn.Linear(self.width, c.out_hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm_merged:
+            x = self.norm(x.view(len(x), -1, self.width))               # (B, V, 4 * width)
+        else:
+            x = self.norm(x).view(len(x), -1, self.width)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))
+
+
+# ---- image ---------------------------------------------------------------------------------------
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int,
+                 max_pixels: int) -> tuple[int, int]:
+    """The height and width nearest the image's own that are multiples of factor, their product
+    within the bounds (transformers: image_processing_qwen2_vl).
+
+    Python's round: halves go to the even multiple, as in the original. Raises InputError.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise InputError(f"image is {width}x{height}: one side is more than 200 times the other, "
+                         "want less")
+    h = round(height / factor) * factor
+    w = round(width / factor) * factor
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h = max(factor, math.floor(height / shrink / factor) * factor)
+        w = max(factor, math.floor(width / shrink / factor) * factor)
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h = math.ceil(height * grow / factor) * factor
+        w = math.ceil(width * grow / factor) * factor
+    return h, w
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white, as in transformers 5 (transformers 4 drops alpha)."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def normalize(image: Image.Image) -> Tensor:
+    """RGB -> (3, H, W) float32, rounded step by step as the PIL processors of transformers do."""
+    x = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
+    x = (x - np.float32(MEAN)) / np.float32(STD)
+    return torch.from_numpy(x.transpose(2, 0, 1).copy())
+
+
+def patchify(x: Tensor, patch: int, m: int, frames: int) -> tuple[Tensor, tuple[int, int]]:
+    """(3, height, width) -> patches (P, 3 * frames * patch * patch) token by token, and the grid of
+    tokens. A still image is a film of `frames` equal frames."""
+    x = x.unflatten(2, (-1, patch)).unflatten(1, (-1, patch))
+    x = x.permute(1, 3, 0, 2, 4)                                        # (y, x, 3, patch, patch)
+    grid = x.shape[0] // m, x.shape[1] // m
+    x = by_token(x, m)                                                  # (P, 3, patch, patch)
+    return x[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1), grid
+
+
+# ---- configuration -------------------------------------------------------------------------------
+
+PIXELS = (256 * 256, 4096 * 4096)       # bounds of a resized image where the checkpoint has none
+
+# what reads like Qwen3-VL and is another model -> why it is not here
+REFUSED = {
+    "qwen3_vl_moe": "a mixture of experts: its MLPs are not implemented",
+    "qwen3_5": "three of four of its layers are linear attention: dropping rows would change the "
+               "state of every later row, and most layers have no attention to score tokens by",
+    "qwen3_5_moe": "a mixture of experts, and mostly linear attention"}
+
+
+@dataclass
+class TextConfig:
+    """What differs within the family has no default."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int                       # not hidden_size / heads
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple                # how many of the D/2 frequencies turn with t, row, column
+    mrope_interleaved: bool = True
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+
+
+@dataclass
+class VisionConfig:
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    num_position_embeddings: int        # of a square grid
+    deepstack_visual_indexes: list      # the blocks after which a plane branches off
+    patch_size: int = 16
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+    in_channels: int = 3
+    hidden_act: str = "gelu_pytorch_tanh"
+
+
+@dataclass
+class Config:
+    text: TextConfig
+    vision: VisionConfig
+    image_token: int = 151655
+    tie_word_embeddings: bool = False
+    min_pixels: int = PIXELS[0]
+    max_pixels: int = PIXELS[1]
+
+    @property
+    def factor(self) -> int:
+        """The side of a visual token in pixels: resized images are multiples of it."""
+        return self.vision.patch_size * self.vision.spatial_merge_size
+
+
+def read_config(path: Path) -> Config:
+    """config.json of a Qwen3-VL folder, as published and as transformers 4 and 5 save it. Raises
+    InputError."""
+    raw = read_json(path / "config.json")
+    kind = raw.get("model_type")
+    if kind in REFUSED:
+        raise InputError(f"{path}/config.json: model_type is {kind!r}, {REFUSED[kind]}; want a "
+                         "dense Qwen3-VL: 2B, 4B, 8B or 32B")
+    if kind != "qwen3_vl":
+        raise InputError(f"{path}/config.json: model_type is {kind!r}, want 'qwen3_vl'")
+    text = checkpoint.section(raw, "text_config", path)
+    old_rope = checkpoint.section(text, "rope_scaling", path)       # transformers 4, as published
+    new_rope = checkpoint.section(text, "rope_parameters", path)    # transformers 5
+    for rope in (old_rope, new_rope):
+        for name in ("rope_theta", "mrope_section", "mrope_interleaved"):
+            if name in rope:
+                text = text | {name: rope[name]}
+    vision = checkpoint.section(raw, "vision_config", path)
+    min_pixels, max_pixels = checkpoint.read_bounds(path, PIXELS)
+    config = Config(text=checkpoint.fill(TextConfig, text, path),
+                    vision=checkpoint.fill(VisionConfig, vision, path),
+                    image_token=raw.get("image_token_id") or 151655,
+                    tie_word_embeddings=checkpoint.is_tied(raw, text),
+                    min_pixels=min_pixels, max_pixels=max_pixels)
+    check_config(path, config, [old_rope, new_rope])
+    return config
+
+
+def check_config(path: Path, config: Config, ropes: list[dict]):
+    text = config.text
+    vision = config.vision
+    rules = [("rope_type", rope.get("rope_type", "default"), "default") for rope in ropes]
+    checkpoint.check_values(path, rules + [
+        ("hidden_act", text.hidden_act, "silu"),
+        ("attention_bias", text.attention_bias, False),
+        ("mrope_interleaved", text.mrope_interleaved, True),
+        ("length of mrope_section", len(text.mrope_section), 3),
+        ("sum of mrope_section", sum(text.mrope_section), text.head_dim // 2),
+        ("head_dim % 2", text.head_dim % 2, 0),
+        ("heads % key/value heads", text.num_attention_heads % text.num_key_value_heads, 0),
+        ("vision hidden_act", vision.hidden_act, "gelu_pytorch_tanh"),
+        ("vision hidden_size % (4 * heads)", vision.hidden_size % (4 * vision.num_heads), 0),
+        ("in_channels", vision.in_channels, 3),
+        ("out_hidden_size", vision.out_hidden_size, text.hidden_size)])
+    if math.isqrt(vision.num_position_embeddings) ** 2 != vision.num_position_embeddings:
+        raise InputError(f"{path}/config.json: num_position_embeddings is "
+                         f"{vision.num_position_embeddings}, want a square number")
+    blocks = vision.deepstack_visual_indexes
+    ascending = blocks == sorted(set(blocks))
+    if not ascending or not all(block in range(vision.depth) for block in blocks):
+        raise InputError(f"{path}/config.json: deepstack_visual_indexes is {blocks}, want "
+                         f"ascending blocks of 0..{vision.depth - 1}")
+    if len(blocks) > text.num_hidden_layers:
+        raise InputError(f"{path}/config.json: deepstack_visual_indexes is {blocks}, want at most "
+                         f"one for each of the {text.num_hidden_layers} layers")
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+# the published names, and what transformers holds in memory -> the names here
+RENAMES = [(r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")]
+IGNORED = r"rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq"
+EOS = [151645, 151643]                  # <|im_end|> and <|endoftext|>
+
+
+def load(path, device=None, dtype=None, min_pixels: int | None = None,
+         max_pixels: int | None = None) -> Qwen3:
+    """Qwen3-VL from a folder as published: config.json, tokenizer.json, safetensors.
+
+    device: CUDA if there is one, else the CPU. dtype: bfloat16 on CUDA, float32 on the CPU.
+    min_pixels, max_pixels: bounds of the resized image, instead of the checkpoint's. The model has
+    to fit one device: in bfloat16 2B takes 4 GB, 4B 9 GB, 8B 18 GB, 32B 67 GB.
+    Raises InputError.
+    """
+    path = Path(path)
+    checkpoint.check_folder(path)
+    device, dtype = checkpoint.device_and_dtype(device, dtype)
+    config = read_config(path)
+    config.min_pixels = min_pixels or config.min_pixels
+    config.max_pixels = max_pixels or config.max_pixels
+    if config.min_pixels > config.max_pixels:
+        raise InputError(f"min_pixels is {config.min_pixels}, max_pixels {config.max_pixels}; want "
+                         "min_pixels <= max_pixels")
+    tokenizer = checkpoint.read_tokenizer(path)
+    with torch.device("meta"):
+        model = Qwen3(config, tokenizer, checkpoint.read_eos(path, EOS))
+    tied = None
+    if config.tie_word_embeddings:                      # 2B and 4B store one matrix for both
+        tied = ("model.embed_tokens.weight", "lm_head.weight")
+    checkpoint.load_weights(model, path, device, dtype, RENAMES, IGNORED, tied)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,293 @@
+"""The contract of a model, as tokprune's docstring has it, on every checkpoint; and a fork of a
+model that keeps the contract, but whose visual rows do not tile the image."""
+import copy
+import inspect
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoints import MODULES, ONE_OF_EACH, decoder, load
+from PIL import Image
+from samples import QUESTIONS, images
+
+import information
+import model_llava
+import tokprune
+from tokprune import KV, METHODS, InputError, keep, prune, view_of
+
+
+@pytest.fixture(scope="module", params=MODULES)
+def model(request):
+    return load(request.param)
+
+
+@pytest.fixture(scope="module")
+def start(model):
+    return model.begin(images()["wide"], QUESTIONS[0])
+
+
+@pytest.fixture(scope="module")
+def full(model, start):
+    return model.run(start)
+
+
+def rows_of(stream, *indices):
+    return keep(stream, torch.tensor(indices, dtype=torch.long))
+
+
+# ---- the module ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("module", sorted(set(MODULES.values()), key=lambda m: m.__name__))
+def test_a_module_has_a_prompt_for_a_question_and_a_load_with_defaults(module):
+    assert module.PROMPT.count("{question}") == 1
+    parameters = inspect.signature(module.load).parameters
+    assert list(parameters)[:3] == ["path", "device", "dtype"]
+    assert all(parameters[name].default is None for name in list(parameters)[1:])
+
+
+def test_num_layers_and_the_text_config_are_what_flops_need(model):
+    assert model.num_layers == model.config.text.num_hidden_layers == len(decoder(model).layers)
+    assert tokprune.flops(model.config.text, [10] * model.num_layers) > 0
+
+
+# ---- begin ---------------------------------------------------------------------------------------
+
+def test_begin_is_layer_0_of_one_prompt_whose_visual_rows_tile_the_image(model, start):
+    start_row, V = start.visual
+    rows, cols = start.grid
+    _, T, C = start.x.shape
+    assert (start.layer, len(start.x), C) == (0, 1, model.config.text.hidden_size)
+    assert V == start.N == rows * cols
+    assert start.origin.tolist() == [list(range(V))]
+    assert 0 < start_row and start_row + V < T
+    assert start.pos.shape[-2:] == (1, T)
+    assert start.next_pos == start.pos.max() + 1
+    assert start.ids.shape == (T,) and start.embeds.equal(start.x[0])
+    assert start.cache == [None] * model.num_layers and start.queries is None
+    saliency = start.saliency()
+    assert saliency.shape == (V,) and saliency.dtype == torch.float32 and (saliency > 0).all()
+
+
+def test_canvas_is_the_picture_that_the_grid_divides(model, start):
+    canvas = model.canvas(images()["wide"])
+    rows, cols = start.grid
+    assert canvas.mode == "RGB"
+    assert canvas.height % rows == 0 and canvas.width % cols == 0
+    assert canvas.height // rows == canvas.width // cols
+
+
+def test_what_preprocess_returns_stands_for_the_image(model, start):
+    pixels = model.preprocess(images()["wide"])
+    assert model.begin(pixels, QUESTIONS[0]).x.equal(start.x)
+
+
+def test_visual_rows_are_in_raster_order(model):
+    """A stain on one token of the picture changes the row of that token most."""
+    canvas = model.canvas(images()["partial"].resize((112, 112)))       # 4 x 4 tokens in each model
+    clean = model.begin(canvas, QUESTIONS[0])
+    rows, cols = clean.grid
+    first, V = clean.visual
+    side = canvas.width // cols
+    for y, x in ((0, cols - 1), (rows - 1, 0)):
+        stained = canvas.copy()
+        stained.paste(Image.new("RGB", (side, side), "red"), (x * side, y * side))
+        change = model.begin(stained, QUESTIONS[0]).x - clean.x
+        change = change[0, first:first + V].norm(dim=1)
+        assert change.argmax() == y * cols + x
+
+
+def test_a_question_with_a_second_image_is_refused(model):
+    token = model.tokenizer.id_to_token(model.config.image_token)
+    with pytest.raises(InputError, match="prompt holds 2 .* tokens .*, want 1"):
+        model.begin(images()["square"], f"What is {token}?")
+
+
+# ---- run -----------------------------------------------------------------------------------------
+
+def test_run_stops_at_any_layer_and_goes_on_from_there(model, start, full):
+    for stop in range(model.num_layers + 1):
+        stream = model.run(start, stop=stop)
+        assert stream.layer == stop
+        assert [kv is not None for kv in stream.cache] \
+            == [layer < stop for layer in range(model.num_layers)]
+        assert model.run(stream, stop=stop).x.equal(stream.x)
+        assert model.run(stream).x.equal(full.x)
+    assert start.layer == 0 and start.cache == [None] * model.num_layers
+
+
+def test_run_leaves_keys_values_and_the_queries_of_its_last_layer(model, start):
+    stream = model.run(start, stop=2)
+    text = model.config.text
+    T = start.x.shape[1]
+    assert stream.queries.shape == (1, text.num_attention_heads, T, text.head_dim)
+    for kv in stream.cache[:2]:
+        assert isinstance(kv, KV)
+        assert kv.keys.shape == kv.values.shape == (1, text.num_key_value_heads, T, text.head_dim)
+
+
+@pytest.mark.parametrize("stop", [1, 99])
+def test_run_refuses_a_layer_behind_or_past_the_last(model, start, stop):
+    with pytest.raises(AssertionError, match=f"stop is {stop}, want 2"):
+        model.run(model.run(start, stop=2), stop=stop)
+
+
+# ---- append, logits, decode ----------------------------------------------------------------------
+
+def test_appended_tokens_go_on_from_the_position_of_the_whole_prompt(model, start):
+    pruned = model.run(rows_of(model.run(start, stop=1), 0))
+    new = model.append(pruned, torch.tensor([[5, 6], [7, 8]]))
+    assert (new.layer, new.x.shape[:2], new.queries) == (0, (2, 2), None)
+    assert new.next_pos == start.next_pos + 2
+    axes = new.pos.flatten(0, -2)
+    assert all(axis.tolist() == [start.next_pos, start.next_pos + 1] for axis in axes)
+
+
+def test_tokens_appended_together_are_tokens_appended_one_by_one(model, full):
+    ids = torch.tensor([[5, 6, 7]])
+    together = model.run(model.append(full, ids))
+    stream = full
+    for i in range(3):
+        stream = model.run(model.append(stream, ids[:, i:i + 1]))
+        # sums in another order: float32, as against the recordings
+        torch.testing.assert_close(together.x[:, i:i + 1], stream.x, rtol=0, atol=1e-4)
+
+
+def test_logits_are_float32_of_the_row_that_is_asked_for(model, start, full):
+    logits = model.logits(full)
+    assert logits.shape == (1, model.config.text.vocab_size) and logits.dtype == torch.float32
+    shorter = replace(full, x=full.x[:, :4])
+    assert model.logits(full, row=3).equal(model.logits(shorter))
+    assert logits.equal(model.lm_head(model.final_norm(full.x[:, -1])))
+    with pytest.raises(AssertionError, match=f"stream is at layer 0, want {model.num_layers}"):
+        model.logits(start)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_logits_of_a_model_in_bfloat16_are_float32(name):
+    model = load(name, torch.bfloat16)
+    full = model.run(model.begin(images()["square"], "?"))
+    assert full.x.dtype == torch.bfloat16 and model.logits(full).dtype == torch.float32
+
+
+def greedy_ids(model, stream, steps):
+    ids = []
+    for _ in range(steps):
+        ids.append(model.logits(stream).argmax().item())
+        stream = model.run(model.append(stream, torch.tensor([ids[-1:]])))
+    return ids
+
+
+@pytest.fixture(scope="module")
+def two_variants(model, full):
+    """Of other last rows, so that they answer otherwise: both, and the ids of either alone."""
+    other = replace(full, x=full.x.roll(3, 1))
+    both = replace(full, x=torch.cat([full.x, other.x]))
+    return both, [greedy_ids(model, stream, 4) for stream in (full, other)]
+
+
+def test_decode_is_greedy_for_each_variant_and_leaves_the_stream_as_it_was(model, two_variants,
+                                                                           monkeypatch):
+    both, alone = two_variants
+    monkeypatch.setattr(model, "eos", set())
+    want = [model.tokenizer.decode(ids).strip() for ids in alone]
+    assert want[0] != want[1]
+    assert model.decode(both, 4) == model.decode(both, 4) == want
+    assert model.decode(both, 0) == ["", ""]
+
+
+@pytest.mark.parametrize("ends", [0, 1])
+def test_an_answer_ends_before_its_eos_and_the_other_goes_on(model, two_variants, ends,
+                                                             monkeypatch):
+    both, alone = two_variants
+    other = alone[1 - ends]
+    eos = next(token for token in alone[ends] if token not in other)
+    monkeypatch.setattr(model, "eos", {eos})
+    answers = model.decode(both, 4)
+    cut = alone[ends][:alone[ends].index(eos)]
+    assert answers[ends] == model.tokenizer.decode(cut).strip()
+    assert answers[1 - ends] == model.tokenizer.decode(other).strip()
+
+
+def test_answer_ids_are_the_answer_and_nothing_of_nothing(model):
+    assert model.tokenizer.decode(model.answer_ids("Yes")).strip() == "Yes"
+    assert model.answer_ids("") == []
+
+
+# ---- a fork: visual rows that do not tile the image ----------------------------------------------
+
+class WithNewlines(model_llava.Llava):
+    """A newline row ends each row of the image, as in later LLaVAs: N = rows * (cols + 1)."""
+
+    def begin(self, image, question):
+        stream = super().begin(image, question)
+        rows, cols = stream.grid
+        first, V = stream.visual
+        N = rows * (cols + 1)
+        newline = self.tokenizer.token_to_id("\n")
+        ending = self.language_model.embed_tokens.weight[newline].expand(rows, 1, -1)
+        tiles = stream.x[0, first:first + V].unflatten(0, (rows, cols))
+        visual = torch.cat([tiles, ending], 1).flatten(0, 1)                    # (N, C)
+        x = torch.cat([stream.x[0, :first], visual, stream.x[0, first + V:]])
+        T = len(x)
+        ids = torch.cat([stream.ids[:first], torch.full((N,), newline), stream.ids[first + V:]])
+        return replace(stream, x=x[None], pos=torch.arange(T)[None], next_pos=T,
+                       visual=(first, N), origin=torch.arange(N)[None], N=N, ids=ids, embeds=x)
+
+
+@pytest.fixture(scope="module")
+def fork():
+    model = copy.copy(load("llava_grouped"))
+    model.__class__ = WithNewlines
+    return model
+
+
+@pytest.fixture(scope="module")
+def fork_start(fork):
+    return fork.begin(images()["wide"], QUESTIONS[0])
+
+
+def pruned_fork(fork, start, method, n):
+    """The stream at layer 1, and what the method keeps of it."""
+    stream = fork.run(start, stop=1)
+    info = None
+    if METHODS[method].info:
+        question = SimpleNamespace(gold="Yes", gold_answer="Yes")
+        args = SimpleNamespace(window=2, max_batch_tokens=10 ** 6, answers="gold",
+                               max_new_tokens=4, repetition_penalty=1.0)
+        measure = information.MEASURES[METHODS[method].info]
+        info = {method: measure(fork, start, question, [1], args)[1]}
+    return stream, prune(fork, stream, method, n, info=info)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_prunes_a_fork_with_separators_or_refuses_it(fork, fork_start, method):
+    """IndexErrors came from methods that took N for rows x cols."""
+    assert fork_start.N == 4 * 5 and fork_start.grid == (4, 4)
+    try:
+        stream, pruned = pruned_fork(fork, fork_start, method, 6)
+    except InputError as e:
+        assert "windows of a grid" in str(e) or "saliency" in str(e)
+        assert "20" in str(e) and "\n" not in str(e)
+        return
+    first, n = pruned.visual
+    assert n == 6 and (pruned.origin[0].diff() > 0).all() and pruned.origin.max() < 20
+    if not METHODS[method].merges:
+        kept = stream.x[:, first + pruned.origin[0]]
+        assert pruned.x[:, first:first + n].equal(kept)
+    assert len(fork.decode(fork.run(pruned), 2)) == 1
+
+
+def test_text_raters_of_the_fork_are_text(fork, fork_start):
+    """The newline rows behind the first rows * cols were read as text."""
+    stream = fork.run(fork_start, stop=1)
+    view = view_of(fork, stream, 0, 0, None)
+    tail = model_llava.PROMPT.format(question=QUESTIONS[0]).split("<image>")[1]
+    T = stream.x.shape[1]
+    ids = fork.tokenizer.encode("<image>" + tail, add_special_tokens=False).ids[1:]
+    text = fork.language_model.embed_tokens(torch.tensor(ids))
+    after = T - len(ids)                            # the row behind the image
+    relevance = (fork_start.x[0, after - 20:after] @ text.T).softmax(1).mean(0)
+    raters = after + (relevance > relevance.mean()).nonzero()[:, 0]
+    want = view.attention(raters)[:, :, after - 20:after].mean((0, 1))
+    torch.testing.assert_close(tokprune.attention_of_raters(view), want)

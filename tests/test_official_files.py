@@ -1,0 +1,202 @@
+"""Official files are read as they are and asked as officially; wrong ones are named."""
+import json
+import re
+import shutil
+
+import pytest
+from official import COCO, PROBLEM, lines, official_files
+from PIL import Image
+
+from support.benchmarks import (BENCHMARKS, LETTER, OCR, SHORT, load_benchmark, paths_under, score)
+from tokprune import InputError
+
+
+@pytest.fixture
+def data(tmp_path):
+    return official_files(tmp_path / "data")
+
+
+def prompts(data, name, style=None):
+    return [question.prompt for question in load_benchmark(name, data, style)]
+
+
+def test_official_files_are_found_and_asked_as_llavas_scripts_ask(data):
+    assert prompts(data, "mme") == ["Is it?" + SHORT, "Is it not?" + SHORT, "A cat?" + SHORT,
+                                    "A dog?" + SHORT]
+    mme = load_benchmark("mme", data)
+    assert [q.id for q in mme] == ["OCR/0001/0", "OCR/0001/1", "artwork/10002/0", "artwork/10002/1"]
+    assert prompts(data, "textvqa") == ["What?" + SHORT]
+    sqa = "Context: Look.\nWhich?\nA. this\nB. that" + LETTER
+    assert prompts(data, "scienceqa") == [sqa]
+    [question] = load_benchmark("scienceqa", data)
+    assert question.answers == ["B"] and question.group == ""
+    assert prompts(data, "pope")[0] == "Is there a cat in the image?" + SHORT
+    assert [q.id for q in load_benchmark("pope", data)][:3] == ["random/1", "random/2", "popular/1"]
+    for name in BENCHMARKS:
+        assert all(q.image.exists() for q in load_benchmark(name, data))
+
+
+def test_prompt_styles_differ_where_the_tools_do(data):
+    assert prompts(data, "textvqa", "llava") == ["What?\nReference OCR token: Acme, 5" + SHORT]
+    assert prompts(data, "textvqa", "lmms-eval") == ["What?" + SHORT]
+    assert prompts(data, "mme", "lmms-eval")[0] == "Is it? Please answer yes or no." + SHORT
+    (data / "vqa" / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
+    with pytest.raises(InputError, match="there is neither TextVQA_Rosetta_OCR_v0.2_val.json nor"):
+        prompts(data, "textvqa", "llava")
+    line = {"question_id": "1", "image": "1.jpg", "text": "What?" + OCR + "ACME" + SHORT}
+    (data / "llava_textvqa_val_v051_ocr.jsonl").write_text(lines(line))
+    assert prompts(data, "textvqa", "llava") == ["What?\nReference OCR token: ACME" + SHORT]
+
+
+def test_without_images_the_same_questions_are_there_and_scienceqas_others_too(tmp_path):
+    bare = official_files(tmp_path / "bare", images=False)
+    full = official_files(tmp_path / "full")
+    for name in BENCHMARKS:
+        want = [q.id for q in load_benchmark(name, full)]
+        got = [q.id for q in load_benchmark(name, bare, images=False) if q.group != "text"]
+        assert got == want
+    others = [q.id for q in load_benchmark("scienceqa", bare, images=False) if q.group == "text"]
+    assert others == ["8"]
+
+
+def test_linked_folders_are_walked_and_loops_are_not(data, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "MME").symlink_to(data / "MME")
+    (tmp_path / "links" / "loop").symlink_to(tmp_path / "links")
+    assert len(load_benchmark("mme", tmp_path / "links")) == 4
+    names = [path.name for path in paths_under(tmp_path / "links")]
+    assert names.count("0001.txt") == 1
+
+
+def edit(name, content):
+    """A file of the data set, replaced."""
+    def change(data):
+        text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+        file = data / name
+        file.write_bytes(text) if isinstance(text, bytes) else file.write_text(text)
+    return change
+
+
+def remove(name):
+    def change(data):
+        path = data / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return change
+
+
+def copy(source, target):
+    def change(data):
+        (shutil.copytree if (data / source).is_dir() else shutil.copy)(data / source, data / target)
+    return change
+
+
+def zipped(name, zip):
+    def change(data):
+        remove(name)(data)
+        (data / zip).touch()
+    return change
+
+
+TEXT = "MME/OCR/0001.txt"
+VQA = "vqa/TextVQA_0.5.1_val.json"
+POPULAR = "pope/coco_pope_popular.json"
+ENTRY = {"question": "?", "question_id": 7, "image_id": "1", "answers": ["a"] * 10}
+CHOICE = {"question": "?", "choices": ["x"], "answer": 0}
+
+
+@pytest.mark.parametrize("change, message", [
+    (remove("MME/OCR/0001.jpg"), "0001.txt: no image 0001.jpg"),
+    (remove(TEXT), "OCR: no .txt with questions in it"),
+    (edit(TEXT, "Is it? Yes\nIs it not?\tNo\n"), "0001.txt: holds ['Is it? Yes', "),
+    (edit(TEXT, "Is it?\tYes\n"), "want two lines"),
+    (edit(TEXT, b"Is it \xe9?\tYes\nIs it not?\tNo\n"), "0001.txt: not UTF-8"),
+    (copy("MME/OCR", "OCR"), "question OCR/0001/0 is there twice"),
+    (edit("MME/OCR/0002.jpg", "x"), "0002.jpg: want one 0002.txt for one image 0002"),
+    (copy("MME/OCR/0001.jpg", "MME/OCR/0001.png"), "want one 0001.txt for one image 0001"),
+    (edit(VQA, {"data": 5}), 'the whole {"data": 5}: want data'),
+    (edit(VQA, {"data": ["x"]}), 'data[0] "x": want an object'),
+    (edit(VQA, "[]"), "holds a list, want a JSON object"), (edit(VQA, "{"), "not valid JSON"),
+    (edit(VQA, '{"data": ' + "[" * 100000), "not valid JSON"),
+    (edit(VQA, {"data": [ENTRY | {"answers": ["a"]}]}), "answers are ['a'], want a list of ten"),
+    (edit(VQA, {"data": [ENTRY | {"question_id": None}]}), "question_id is null"),
+    (edit(VQA, {"data": [ENTRY | {"question": "\ud83d?"}]}), "holds half a character"),
+    (remove("vqa/train_images/1.jpg"), "1.jpg: not found; question 0 of textvqa"),
+    (copy(VQA, "TextVQA_0.5.1_val.json"), "TextVQA_0.5.1_val.json is there 2 times"),
+    (zipped("vqa/train_images", "vqa/train_val_images.zip"), "not unpacked: "),
+    (zipped("pope", "pope.zip"), "no pope found in it; not unpacked: "),
+    (remove(POPULAR), "without coco_pope_popular.json; POPE's F1 is the mean of three"),
+    (edit(POPULAR, '{"question_id": 1}'), "coco_pope_popular.json: line 1"),
+    (edit(POPULAR, "{\n"), "coco_pope_popular.json: line 1 is not valid JSON"),
+    (edit(POPULAR, "\n"), "coco_pope_popular.json: is empty"),
+    (edit(POPULAR, lines({"question_id": 1, "image": COCO, "text": "?", "label": "maybe"})),
+     "label is 'maybe', want yes or no"),
+    (remove(f"coco/val2014/{COCO}"), f"{COCO}: not found"),
+    (remove("sqa/images/test/7/image.png"), "image.png: not found; question 7 of scienceqa"),
+    (edit("sqa/pid_splits.json", {"test": ["70"]}), "question 70 null: want an object"),
+    (edit("sqa/pid_splits.json", {"test": 3}), 'the whole {"test": 3}: want test'),
+    (remove("sqa/pid_splits.json"), "problems.json: is here, pid_splits.json is not"),
+    (edit("sqa/problems.json", {"7": PROBLEM | {"choices": ["x", None]}, "8": CHOICE}),
+     "want strings"),
+    (edit("sqa/problems.json", {"7": PROBLEM | {"answer": True}, "8": CHOICE}), "answer is true"),
+    (edit("sqa/problems.json", {"7": PROBLEM | {"answer": 2}, "8": CHOICE}),
+     "question 7: answer is 2 of 2 choices")])
+def test_wrong_data_is_named(change, message, data):
+    change(data)
+    with pytest.raises(InputError, match=re.escape(message)) as e:
+        for name in BENCHMARKS:
+            load_benchmark(name, data)
+    assert "\n" not in str(e.value)
+
+
+# ---- a file of your own --------------------------------------------------------------------------
+
+OWN = {"id": "x", "image": "1.jpg", "question": "What?", "answers": ["Yes"], "metric": "yesno"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "1.jpg")
+    return tmp_path
+
+
+def test_a_file_of_your_own_is_read_and_scored(folder):
+    file = folder / "own.jsonl"
+    file.write_text(lines(OWN, OWN | {"id": 2, "answers": ["a"] * 9 + ["red"], "metric": "vqa"},
+                          OWN | {"id": "3", "answers": ["B"], "metric": "choice"},
+                          OWN | {"id": "4", "answers": ["a cat"], "metric": "exact"}))
+    questions = load_benchmark(str(file), folder)
+    assert [q.id for q in questions] == ["x", "2", "3", "4"]
+    assert all(q.prompt == "What?" for q in questions)
+    answers = ["yes!", "Red", "B. x", "A cat."]
+    assert [score(answer, q)[1] for answer, q in zip(answers, questions)] == [1, 0.3, 1, 1]
+
+
+def test_a_file_that_is_only_asked_needs_no_answers(folder):
+    file = folder / "own.jsonl"
+    bare = {key: OWN[key] for key in ("id", "image", "question")}
+    file.write_text(lines(bare, OWN | {"id": "y"}))
+    first, second = load_benchmark(str(file), folder, gold=False)
+    assert (first.answers, first.metric) == ([], "")
+    assert (second.answers, second.metric) == (["Yes"], "yesno")
+    with pytest.raises(InputError, match="answers is null"):
+        load_benchmark(str(file), folder)
+    file.write_text(lines(bare | {"metric": "yesno"}))
+    with pytest.raises(InputError, match="answers is null"):
+        load_benchmark(str(file), folder, gold=False)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"metric": "rouge"}, "metric is 'rouge', want one of vqa, exact, yesno, choice"),
+    ({"image": "2.jpg"}, "2.jpg: not found"), ({"answers": []}, "answers are []"),
+    ({"answers": "Yes"}, "want id, image, question, answers, metric"),
+    ({"answers": [5]}, "answers are [5]"), ({"metric": "vqa"}, "1 answers, want ten"),
+    ({"answers": ["maybe"]}, "the answer is 'maybe', want yes or no"),
+    ({"id": "y"}, "y is there twice"), ({"answers": ["yes", "no"]}, "2 answers, want ten for"),
+    ({"answers": [""], "metric": "exact"}, "none empty"),
+    ({"answers": ["The answer is B."], "metric": "choice"}, "a letter for choice"),
+    ({"image": "."}, ": not found"), ({"id": True}, "want id, image, question")])
+def test_wrong_lines_of_your_own_file_are_named(change, message, folder):
+    file = folder / "own.jsonl"
+    file.write_text(lines(OWN, OWN | {"id": "y"}, OWN | {"id": "z"} | change))
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_benchmark(str(file), folder)

@@ -1,0 +1,205 @@
+"""Tables say what the numbers are; sentences say what the intervals carry, and no more."""
+from types import SimpleNamespace
+
+import pytest
+
+from support import report
+from tokprune import METHODS
+
+SAME = (0.0, -1.0, 2.0)
+
+
+def row(method, layer, score, minus_random=None, minus_none=None, minus_unpruned=None, **oracles):
+    return {"method": method, "layer": layer, "score": score, "minus_random": minus_random,
+            "minus_none": minus_none, "minus_unpruned": minus_unpruned, "minus_oracles": oracles,
+            "minus_first": None, "standard_error": 1.25, "totals": {}, "kept": 6.0,
+            "mean_visual_tokens": 54.33, "gflops": 0.7324, "schedule": f"{method}@{layer}:0.9",
+            "failed": 0, "empty": 0, "unparsed": 0}
+
+
+@pytest.mark.parametrize("names, want", [
+    ([], ""), ([3], "3"), (["a", "b"], "a and b"), ([1, 2, 3], "1, 2 and 3")])
+def test_names_are_listed_with_commas_and_and(names, want):
+    assert report.listed(names) == want
+
+
+def test_numbers_and_differences_are_short_and_what_is_not_known_is_a_dash():
+    assert report.number(93.24) == "93.2" and report.number(0.25, 3) == "0.250"
+    assert report.number(None) == report.difference(None) == "-"
+    assert report.difference((1.04, -0.5, 2.46)) == "+1.0 [-0.5, +2.5]"
+    assert report.difference((-0.0, -1, 1)) == "+0.0 [-1.0, +1.0]"
+
+
+def test_the_head_says_how_much_is_asked_and_shows_the_prompt(capsys):
+    known = [SimpleNamespace(image=i // 2, prompt=f"q{i}", group="count") for i in range(6)]
+    prompt = report.print_head("mme", known[:4], known, "USER: {question}\nASSISTANT:")
+    assert prompt == "USER: q0\nASSISTANT:"
+    report.print_head("own.jsonl", known, known, "{question}")
+    printed = capsys.readouterr().out
+    assert ("mme: partial, 4 of its 6 questions, 2 images, 1 of 14 subtasks; the first prompt: "
+            '"USER: q0\\nASSISTANT:"') in printed
+    assert "own.jsonl: all 6 questions, 3 images; " in printed
+
+
+# ---- a table -------------------------------------------------------------------------------------
+
+def test_a_table_has_a_row_for_each_schedule_and_its_comparisons(capsys):
+    rows = [row("unpruned", None, 95.0), row("dart", 20, 61.234, SAME, (-7.0, -9.0, -5.0))]
+    report.print_table("textvqa", rows)
+    printed = capsys.readouterr().out
+    assert printed == (
+        "| textvqa | score | ± | - unpruned | - random | - none | kept | mean tokens | GFLOPs |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+        "| unpruned | 95.0 | 1.2 | - | - | - | 6 | 54.3 | 0.732 |\n"
+        "| dart | 61.2 | 1.2 | - | +0.0 [-1.0, +2.0] | -7.0 [-9.0, -5.0] | 6 | 54.3 | 0.732 |\n\n")
+
+
+def test_official_totals_and_the_first_schedule_get_columns_where_there_are_any(capsys):
+    rows = [row("a", 2, 50.0), row("b", 2, 40.0)]
+    for one in rows:
+        one["totals"] = {"perception": 928.75, "cognition": 0, "sum": 928.75}
+    rows[1]["minus_first"] = (-10.0, -12.0, -8.0)
+    report.print_table("mme", rows)
+    head, _, _, second = capsys.readouterr().out.splitlines()[:4]
+    assert "| ± | perception | cognition | sum | - unpruned |" in head
+    assert "| - none | - first | kept |" in head
+    assert "| 928.75 | 0 | 928.75 |" in second and "| -10.0 [-12.0, -8.0] | 6 |" in second
+
+
+def test_odd_answers_are_counted_where_there_are_any(capsys):
+    rows = [row("unpruned", None, 95.0) | {"schedule": ""}, row("dart", 20, 61.0)]
+    report.print_odd("mme", rows)
+    assert capsys.readouterr().out == ""
+    rows[0]["failed"] = 2
+    rows[1] |= {"failed": 2, "empty": 1}
+    report.print_odd("mme", rows)
+    assert capsys.readouterr().out == ("mme, failed answers: unpruned 2, dart@20:0.9 2\n\n"
+                                       "mme, empty answers: dart@20:0.9 1\n\n")
+
+
+# ---- the verdict of a table ----------------------------------------------------------------------
+
+ABOVE = (15.0, 9.0, 20.0)
+BELOW = (-8.0, -12.0, -3.0)
+
+
+def verdict(capsys, *rows):
+    report.print_verdict("mme", list(rows))
+    return capsys.readouterr().out.strip()
+
+
+def test_past_the_horizon_nothing_differs(capsys):
+    said = verdict(capsys, row("none", 20, 90.0, minus_unpruned=SAME),
+                   row("dart", 20, 90.0, SAME, SAME), row("info", 20, 90.0, ABOVE, ABOVE),
+                   row("fastv", 20, 89.5, (-0.5, -2.0, 1.0), (0.5, -1.0, 2.0)))
+    assert said == ("mme: layer 20 is past the horizon: no method differs from random or from "
+                    "dropping every visual token.")
+
+
+def test_before_it_methods_beat_random_and_lose_to_nothing(capsys):
+    said = verdict(capsys, row("none", 20, 75.7, minus_unpruned=BELOW),
+                   row("random", 20, 52.9, None, BELOW), row("dart", 20, 68.5, ABOVE, BELOW),
+                   row("fastv", 20, 62.6, (9.6, 3.9, 15.1), SAME))
+    assert said == ("mme: layer 20 is before the horizon: 2 of 2 methods beat random, by 9.6 to "
+                    "15.0 points; 1 of 2 methods lose to dropping every visual token, by 8.0 "
+                    "points. Prune later, or drop everything.")
+
+
+def test_no_advice_to_drop_everything_where_one_method_is_worth_it(capsys):
+    said = verdict(capsys, row("none", 20, 75.7, minus_unpruned=BELOW),
+                   row("dart", 20, 68.5, BELOW, ABOVE), row("fastv", 20, 62.6, SAME, BELOW))
+    assert said == ("mme: layer 20 is before the horizon: 1 of 2 methods lose to random, by 8.0 "
+                    "points; 1 of 2 methods beat dropping every visual token, by 15.0 points and "
+                    "1 of 2 methods lose to dropping every visual token, by 8.0 points.")
+
+
+def test_one_method_against_itself_has_no_verdict(capsys):
+    assert verdict(capsys, row("random", 20, 52.9, None, BELOW)) == ""
+    assert verdict(capsys, row("dart", 2, 60.0, ABOVE), row("dart", 9, 60.0, ABOVE)) == ""
+
+
+# ---- a sweep -------------------------------------------------------------------------------------
+
+def test_a_sweep_says_what_the_paper_asks_of_it(capsys):
+    """At layer 1 dart is 20 above random and 30 below the oracle, at layer 2 all are equal."""
+    report.print_sweep("mme", [
+        row("unpruned", None, 95), row("no image", 0, 50), row("none", 1, 45), row("none", 2, 90),
+        row("random", 1, 40), row("random", 2, 90),
+        row("dart", 1, 60, (20, 10, 30), (15, 5, 25), info=(-30, -40, -20)),
+        row("dart", 2, 90, SAME, SAME, info=SAME), row("info", 1, 90), row("info", 2, 90)])
+    printed = capsys.readouterr().out
+    assert printed.startswith("| mme, layer | none | random | dart | info |\n"
+                              "|---:|---:|---:|---:|---:|\n"
+                              "| unpruned | 95.0 | 95.0 | 95.0 | 95.0 |\n"
+                              "| no image | 50.0 | 50.0 | 50.0 | 50.0 |\n"
+                              "| 1 | 45.0 | 40.0 | 60.0 | 90.0 |\n")
+    assert "no method beats random from layer 2 on" in printed
+    assert "largest lead over random is +20.0 [+10.0, +30.0], dart at layer 1" in printed
+    assert "0 of 2 cells are below random by a whole interval; by chance one expects 0." in printed
+    assert "from layer 2 on every method is within [-1.0, +2.0] of random" in printed
+    assert "methods beat dropping everything at layers 1 (dart)." in printed
+    assert "no method is shown to lose to dropping everything at any layer." in printed
+    assert ("info beats every method at layers 1; some method beats it at layers -; its largest "
+            "lead over the best method is +30.0 [+20.0, +40.0], over dart at layer 1") in printed
+
+
+def test_a_layer_no_method_can_act_at_shows_a_dash(capsys):
+    report.print_sweep("mme", [row("unpruned", None, 95), row("no image", 0, 50),
+                               row("random", 0, 55), row("random", 1, 60), row("none", 1, 50),
+                               row("dart", 1, 61)])
+    assert "| 0 | 50.0 | 55.0 | - |\n| 1 | 50.0 | 60.0 | 61.0 |\n" in capsys.readouterr().out
+
+
+def test_methods_stop_beating_random_after_the_last_whole_interval_above_it():
+    rows = [row("random", layer, 50) for layer in (1, 2, 3, 4)]
+    for layer, low in ((1, 1), (2, 0.5), (3, -0.5), (4, -1)):
+        rows.append(row("dart", layer, 50, (low + 1, low, low + 2)))
+    rows.append(row("info", 4, 60, (10, 9, 11)))                # measured beforehand: not counted
+    assert report.layer_no_method_beats_random(rows) == 3
+    rows.append(row("fastv", 4, 53, (3, 2, 4)))
+    assert report.layer_no_method_beats_random(rows) == 5
+
+
+def test_an_oracle_beats_or_is_beaten_by_whole_intervals():
+    def against_info(method, layer, low):
+        return row(method, layer, 50, info=(low + 1, low, low + 2))
+    rows = [against_info("random", 1, -9), against_info("dart", 1, -3),
+            against_info("random", 2, -9), against_info("dart", 2, -1),
+            against_info("random", 3, -9), against_info("dart", 3, 0.5),
+            against_info("info-turns", 1, 7)]
+    assert report.layers_of_oracle(rows, "info") == ([1], [3])
+
+
+def test_no_method_is_known_by_name(monkeypatch, capsys):
+    """A new one is in tables and sentences as soon as it is in METHODS."""
+    monkeypatch.setitem(METHODS, "mine", METHODS["dart"])
+    said = verdict(capsys, row("none", 3, 50.0, minus_unpruned=BELOW),
+                   row("mine", 3, 60.0, ABOVE, SAME))
+    assert "1 of 1 methods beat random" in said
+
+
+# ---- information ---------------------------------------------------------------------------------
+
+def test_negative_information_is_said_where_a_whole_interval_is(capsys):
+    def at(layer, mean, error):
+        return {"layer": layer, "mean": mean, "standard_errors": {"mean": error}}
+    report.print_information_verdict(
+        "mme", [at(1, 0.2, 0.01), at(14, -0.02, 0.02), at(17, -0.02, 0.01), at(20, -0.02, None)],
+        vanishes=22)
+    printed = capsys.readouterr().out
+    assert "under 1 % of layer 1's from layer 22 on" in printed
+    assert "at layers 17 it is negative by a whole interval" in printed
+    report.print_information_verdict("mme", [at(1, 0.2, 0.01)], vanishes=None)
+    assert capsys.readouterr().out == "mme: mean information is under 1 % of layer 1's nowhere " \
+                                      "(our rule).\n"
+
+
+def test_the_distance_of_two_horizons_is_that_of_the_same_draws(capsys):
+    def horizon(layer, draws):
+        return {"horizons": {"score": {"layer": layer, "draws": draws}}}
+    report.print_distance_of_horizons({"mme": horizon(17, [16, 17]), "textvqa": horizon(22,
+                                                                                        [22, 23])})
+    printed = capsys.readouterr().out
+    assert printed.startswith("textvqa's horizon lies +5 [+6, +6] layers from mme's")
+    report.print_distance_of_horizons({"mme": horizon(17, [16, 17])})
+    assert capsys.readouterr().out == ""

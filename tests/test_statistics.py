@@ -1,0 +1,155 @@
+"""Errors and intervals count images, not questions, and an image counts by its questions."""
+import numpy as np
+import pytest
+
+from information import horizon
+from support import statistics
+from support.statistics import (cost_elsewhere, gini, horizon_interval, information_by_layer,
+                                layer_without_information, paired_difference, standard_error)
+
+# ten images of nine questions, ten of one: 100 questions
+SIZES = [9] * 10 + [1] * 10
+UNEVEN = np.repeat(np.arange(20), SIZES)
+
+
+def test_standard_error_counts_images_not_questions():
+    scores = np.array([0., 0, 1, 1, 1, 1])
+    alone = np.arange(6)
+    pairs = np.array([0, 0, 1, 1, 2, 2])
+    assert standard_error(scores, alone) == pytest.approx(scores.std(ddof=1) / 6 ** 0.5)
+    of_images = np.std([0, 1, 1], ddof=1) / 3 ** 0.5
+    assert standard_error(scores, pairs) == pytest.approx(of_images)
+
+
+def test_standard_error_of_one_image_is_not_known():
+    assert standard_error(np.array([0., 1]), np.array([0, 0])) is None
+    assert standard_error(np.array([0., 1]), np.array([0, 1])) > 0
+
+
+def test_paired_interval_holds_the_mean_and_has_the_width_of_a_normal_one():
+    rng = np.random.default_rng(1)
+    a = rng.random(200)
+    b = rng.random(200)
+    mean, low, high = paired_difference(a, b, np.arange(200))
+    assert mean == pytest.approx((a - b).mean()) and low < mean < high
+    width = 2 * 1.96 * (a - b).std() / 200 ** 0.5
+    assert high - low == pytest.approx(width, rel=0.1)          # 2,000 draws: 4 % is common
+    assert paired_difference(a, a, np.arange(200)) == (0, 0, 0)
+
+
+def test_paired_interval_is_wider_where_questions_share_an_image():
+    rng = np.random.default_rng(1)
+    of_image = rng.random(50).repeat(4)
+    zero = np.zeros(200)
+    _, low, high = paired_difference(of_image, zero, np.arange(200))
+    _, lower, higher = paired_difference(of_image, zero, np.arange(50).repeat(4))
+    assert higher - lower == pytest.approx(2 * (high - low), rel=0.15)
+
+
+def test_a_draw_of_images_counts_each_by_its_number_of_questions():
+    """Images of nine questions lose all, images of one win all: the mean over questions is -0.8,
+    the mean of the images' means 0. A bootstrap that averaged those would lie around 0."""
+    scores = np.where(np.array(SIZES)[UNEVEN] == 9, 0.0, 1.0)
+    other = 1 - scores
+    mean, low, high = paired_difference(scores, other, UNEVEN)
+    assert mean == pytest.approx(-0.8)
+    assert -1 <= low < -0.8 < high < -0.4
+
+
+def test_the_interval_of_a_horizon_counts_images_by_their_questions_too():
+    """The rule reads the mean off in hundredths: 10 of 100 questions are right."""
+    curves = np.where(np.array(SIZES)[UNEVEN] == 9, 0.0, 1.0)[:, None]
+
+    def hundredths(curve):
+        return round(100 * float(curve[0]))
+    found = horizon_interval(curves, UNEVEN, hundredths)
+    assert found["layer"] == 10
+    assert found["low"] < 10 < found["high"] < 35
+    assert np.median(found["draws"]) == pytest.approx(10, abs=2)
+
+
+def test_a_horizon_moves_with_the_images_that_a_draw_misses():
+    """Ten images of two questions. From layer 2 on one image is lost, from layer 3 on none: draws
+    without that image put the horizon at 2."""
+    image = np.arange(10).repeat(2)
+    curves = np.ones((20, 5))                                   # unpruned, layers 0 to 3
+    curves[:, 1:3] = 0
+    curves[image == 0, 3] = 0
+
+    def rule(curve):
+        return horizon(curve[1:], curve[0], 0.01)
+    found = horizon_interval(curves, image, rule)
+    assert (found["layer"], found["low"], found["high"]) == (3, 2, 3)
+    share = np.mean(np.array(found["draws"]) == 2)
+    assert share == pytest.approx(0.9 ** 10, abs=0.05)          # 2,000 draws: 0.01 is common
+
+
+# ---- what a horizon costs elsewhere --------------------------------------------------------------
+
+def test_a_horizon_costs_what_is_lost_on_the_questions_it_was_not_read_off():
+    """At the layer read off either image, that image loses nothing and the other everything."""
+    curves = np.array([[0.], [1.]])
+    scores = np.array([[1., 1, 0], [1, 0, 1]])                  # unpruned, layers 0 and 1
+
+    def rule(curve):
+        return int(curve[0])
+    assert cost_elsewhere(curves, scores, np.arange(2), rule, questions=1) == 100
+    assert cost_elsewhere(1 - curves, scores, np.arange(2), rule, questions=1) == 0
+
+
+def test_a_model_without_a_horizon_loses_nothing():
+    scores = np.array([[1., 0, 0]] * 4)
+    assert cost_elsewhere(scores, scores, np.arange(4), lambda _: 2, questions=2) == 0
+    assert cost_elsewhere(scores, scores, np.arange(4), lambda _: 1, questions=2) == 100
+
+
+def test_images_are_split_whole_and_hold_about_as_many_questions_as_asked():
+    image = np.arange(6).repeat(2)
+    curves = np.eye(6)[image]                                   # the mean: the share of each image
+    seen = []
+
+    def rule(curve):
+        seen.append(sorted(set(curve.round(9))))
+        return 0
+    cost_elsewhere(curves, np.ones((12, 2)), image, rule, questions=4, splits=20)
+    assert seen == [[0, 0.5]] * 20                              # two images, all of each
+
+
+# ---- information ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("values, want", [
+    ([1, 1, 1, 1], 0), ([0, 0, 0, -1], 0.75), ([0, 0], 0), ([1, 3], 0.25)])
+def test_gini_worked_by_hand(values, want):
+    assert gini(np.array(values, float)) == pytest.approx(want)
+
+
+def test_information_by_layer_is_signed_and_averaged_over_questions():
+    """Two questions, two layers, windows in one row."""
+    maps = [np.array([[[0.3, -0.1]], [[0.0, 0.0]]]), np.array([[[0.5, 0.5]], [[-0.2, 0.0]]])]
+    first, second = information_by_layer(maps, np.arange(2), [4, 9])
+    assert (first["layer"], second["layer"]) == (4, 9)
+    assert first["mean"] == pytest.approx((0.1 + 0.5) / 2)
+    assert first["std"] == pytest.approx((0.2 + 0.0) / 2)
+    assert first["share"] == 1 and first["negative"] == 0.25
+    assert second["mean"] == pytest.approx(-0.05)
+    assert second["negative"] == second["share"] == 0.25
+    assert first["standard_errors"]["mean"] == pytest.approx(0.2)
+    same_image = information_by_layer(maps, np.zeros(2, int), [4, 9])
+    assert same_image[0]["standard_errors"]["mean"] is None
+
+
+def test_less_information_than_noise_is_no_share():
+    noise = statistics.NOISE
+    [row] = information_by_layer([np.array([[noise / 2, -noise / 2]])], np.zeros(1, int), [1])
+    assert row["share"] == row["negative"] == 0
+
+
+@pytest.mark.parametrize("means, noise, want", [
+    ([9, 1, 0.5, 0.001, 0.0], 0, 3),            # layer 1 counts, not layer 0
+    ([9, 1, 0.5, -0.2, 0.0], 0, 4),             # negative information is there, not gone
+    ([9, 1, 0.5, 0.001, 0.02], 0, None),        # it comes again at the end
+    ([9, -1, 0.5, 0, 0], 0, None),              # there was none to lose
+    ([9, 1, 0.5, 0.03, 0.02], 0.05, 3)])        # less than what rounding makes
+def test_information_is_gone_where_it_stays_under_a_hundredth_of_layer_1(means, noise, want):
+    rows = [{"layer": layer, "mean": mean} for layer, mean in enumerate(means)]
+    assert layer_without_information(rows, noise) == want

@@ -1,0 +1,1 @@
+"""Two small trained models, two small benchmarks, and make.py, which makes them."""

@@ -1,0 +1,195 @@
+"""How the models are trained: the losses, the loop, and the doubling of layers.
+
+The loss is next-token cross entropy on the answers. Every row passes every layer, every visual
+token included: nothing here knows about pruning.
+"""
+import math
+import re
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import model_llava
+import model_qwen
+from tiny.batches import UNASKED, Batches, Stage
+from tiny.scenes import GLYPHS
+from tiny.vocabulary import COLORS, NUMBERS, SHAPES
+
+WORK = Path(__file__).resolve().parent / "work"     # checkpoints and a log; not part of the project
+
+
+def train(module: nn.Module, loss: Callable, batches: Batches, device: torch.device):
+    """One stage: AdamW, 100 steps of warm-up, cosine decay. loss: the tensors of a batch -> scalar.
+
+    A checkpoint every 100 steps, from which an interrupted run goes on, to the same weights.
+    """
+    WORK.mkdir(exist_ok=True)
+    stage = batches.stage
+    file = WORK / f"{stage.name}.pt"
+    opt = torch.optim.AdamW(module.parameters(), stage.rate, (0.9, 0.95), weight_decay=0.05)
+    first = 0
+    if file.exists():
+        state = torch.load(file, map_location=device)
+        module.load_state_dict(state["module"])
+        opt.load_state_dict(state["opt"])
+        first = state["step"]
+    steps = range(first, stage.steps)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=1,
+                                         prefetch_factor=4)
+    begun = time.time()
+    mean = None
+    for step, (grid, *data) in enumerate(loader, first):
+        for group in opt.param_groups:
+            group["lr"] = rate_at(step, stage)
+        with torch.autocast(device.type, torch.bfloat16):
+            value = loss(grid.tolist(), *(x.to(device) for x in data))
+        value.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        mean = value.item() if mean is None else 0.98 * mean + 0.02 * value.item()
+        done = step + 1
+        if done % 100 == 0 or done == stage.steps:
+            minutes = (time.time() - begun) / 60
+            log(f"{stage.name}: step {done}/{stage.steps}, loss {mean:.4f}, {minutes:.1f} min")
+            state = {"module": module.state_dict(), "opt": opt.state_dict(), "step": done}
+            torch.save(state, file.with_suffix(".new"))
+            file.with_suffix(".new").replace(file)      # whole, or not at all
+
+
+def rate_at(step: int, stage: Stage) -> float:
+    warm_up = (step + 1) / 100
+    cosine = (1 + math.cos(math.pi * step / stage.decay)) / 2
+    return stage.rate * min(warm_up, 0.02 + 0.98 * cosine)
+
+
+def log(line: str):
+    print(line, flush=True)
+    with (WORK / "log.txt").open("a") as f:
+        f.write(line + "\n")
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+def answer_loss(model, layer: Callable, grid, pixels, ids, pos, block, targets) -> Tensor:
+    """Of packed questions (batches.py). layer: `masked_layer`, as it stands here or compiled."""
+    if isinstance(model, model_qwen.Qwen):
+        rotate = model_qwen.rotate
+        decoder = model.model
+        pos = pos.transpose(0, 1)                               # (3, B, T)
+        features = model.visual(pixels, grid)[0]
+    else:
+        rotate = model_llava.rotate
+        decoder = model.language_model
+        pos = pos[:, 0]                                         # (B, T)
+        features = model.multi_modal_projector(model.vision_tower(pixels)[0])
+    first = (ids[0] == model.config.image_token).nonzero()[0].item()
+    V = features.shape[1]
+    x = decoder.embed_tokens(ids)
+    x = torch.cat([x[:, :first], features.to(x.dtype), x[:, first + V:]], 1)
+    rope = model.rope(pos, torch.bfloat16)
+    mask = visible(block)
+    for module in decoder.layers:
+        x = layer(module, x, rope, mask, rotate)
+    asked = targets != UNASKED
+    logits = model.lm_head(model.final_norm(x[asked]))
+    return F.cross_entropy(logits.float(), targets[asked])
+
+
+def visible(block: Tensor) -> Tensor:
+    """(B, 1, T, T): a row sees the rows before it of its own question and the shared beginning."""
+    T = block.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=block.device).tril()
+    same = (block[:, :, None] == block[:, None]) | (block[:, None] == 0)
+    return (same & causal)[:, None]
+
+
+def masked_layer(layer: nn.Module, x: Tensor, rope, mask: Tensor, rotate: Callable) -> Tensor:
+    """What a decoder layer of either model computes, with a mask, which the models do without."""
+    attn = layer.self_attn
+    B, T, _ = x.shape
+    y = layer.input_layernorm(x)
+    q = attn.q_proj(y).view(B, T, attn.H, attn.D).transpose(1, 2)
+    k = attn.k_proj(y).view(B, T, attn.G, attn.D).transpose(1, 2)
+    v = attn.v_proj(y).view(B, T, attn.G, attn.D).transpose(1, 2)
+    y = attention(rotate(q, rope), rotate(k, rope), v, mask)
+    x = x + attn.o_proj(y.transpose(1, 2).reshape(B, T, attn.H * attn.D))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """softmax(QK^T)V spelled out: the backward pass of the fused one is slow on a CPU."""
+    if k.shape[1] != q.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -1e4)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+class LabelHeads(nn.Module):
+    """Reads glyph, place, color and shape off each patch feature. LLaVA's tower is trained with
+    them first; then they are thrown away."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        classes = [len(GLYPHS), 6, len(COLORS), len(SHAPES)]
+        self.heads = nn.ModuleList(nn.Linear(width, n + 1) for n in classes)
+
+    def loss(self, tower: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+        x = tower(pixels)[0]
+        loss = 0
+        for i, head in enumerate(self.heads):
+            loss = loss + F.cross_entropy(head(x).float().flatten(0, 1), labels[..., i].flatten())
+        return loss
+
+
+def label_loss(model: model_qwen.Qwen, grid, pixels: Tensor, labels: Tensor) -> Tensor:
+    """The same of Qwen, and the half each token lies in, said in the decoder's own words: there are
+    no heads to throw away."""
+    x = model.visual(pixels, grid)[0]
+    choices = [list(GLYPHS)]
+    for words in (NUMBERS[1:], COLORS, SHAPES, ["top", "bottom"], ["left", "right"]):
+        choices.append(["Ġ" + word for word in words])
+    loss = 0
+    for i, tokens in enumerate(choices):
+        ids = [model.tokenizer.token_to_id(token) for token in tokens]
+        scores = x @ model.model.embed_tokens.weight[ids].T
+        scores = F.pad(scores.float(), (1, 0))                  # 0 for none
+        loss = loss + F.cross_entropy(scores.flatten(0, 1), labels[..., i].flatten())
+    return loss
+
+
+# ---- speed and depth -----------------------------------------------------------------------------
+
+def speed_up(blocks):
+    """Compiles the blocks of a tower, and spells their attention out. It lasts: only make.py, which
+    does nothing else, may call it."""
+    F.scaled_dot_product_attention = attention
+    torch._dynamo.config.recompile_limit = 64       # one version of a block for each image size
+    for block in blocks:
+        block.forward = torch.compile(block.forward)
+
+
+def double(model, make: Callable):
+    """A model with every decoder layer twice in a row, each adding half of what it did: to first
+    order the same function. make: (layers, tokenizer) -> model."""
+    state = {}
+    for name, p in model.state_dict().items():
+        layer = re.fullmatch(r"((?:language_)?model\.layers\.)(\d+)(\..*)", name)
+        if layer is None:
+            state[name] = p
+            continue
+        before, number, after = layer.groups()
+        if after.endswith(("o_proj.weight", "down_proj.weight")):
+            p = p / 2
+        state[f"{before}{2 * int(number)}{after}"] = p
+        state[f"{before}{2 * int(number) + 1}{after}"] = p
+    doubled = make(2 * model.num_layers, model.tokenizer)
+    doubled.load_state_dict(state)                  # copies
+    return doubled
