@@ -94,11 +94,11 @@ def test_prefill_under_a_schedule_keeps_what_it_says():
     model = load("llava_grouped")
     start = model.begin(images()["whole"], QUESTIONS[0])
     schedule = parse_schedule("divprune@0:0.5 random@2:0.75")
-    stream = prefill(model, start, schedule, seed=1, positions="compact")
+    stream = prefill(model, start, schedule, seed=2, positions="compact")
     text = start.x.shape[1] - 16
     assert [kv.keys.shape[2] - text for kv in stream.cache] == [8, 8, 4]
     half = model.run(prune(model, start, "divprune", 8, positions="compact"), stop=2)
-    want = prune(model, half, "random", 4, seed=1, positions="compact")
+    want = prune(model, half, "random", 4, seed=2, positions="compact")
     assert stream.origin.equal(want.origin)
     assert stream.next_pos == want.next_pos == text + 4
     assert stream.x.equal(model.run(want).x)
