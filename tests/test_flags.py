@@ -123,6 +123,8 @@ def test_bad_input_is_one_line_that_names_it(command, message, half_a_picture, t
         program = PROGRAMS[words.pop(0)]
     if "--out" not in words:
         words += ["--out", str(tmp_path / "out")]
+    if program in (evaluation, information) and "--limit" not in words:
+        words += ["--limit", "1"]                       # quick, even where it is not refused
     with pytest.raises(InputError, match=re.escape(message)) as e:
         program.main(words)
     assert "\n" not in str(e.value)
