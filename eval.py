@@ -192,14 +192,16 @@ def differences(cell: Cell, means: dict[str, np.ndarray], image: np.ndarray) -> 
         return paired_difference(means[own], means[other], image)
     others = {name: format_schedule(with_method(cell.schedule, name)) for name in METHODS}
     minus_oracles = {name: minus(others[name]) for name in ORACLES}
-    nothing = cell.schedule[:1]
-    if nothing:
-        nothing = drop_all(nothing[0][0])
+    minus_none = None
+    if len(cell.schedule) == 1:
+        [(layer, _, _)] = cell.schedule
+        minus_none = minus(format_schedule(drop_all(layer)))
+    minus_first = None
+    if cell.compared_with:
+        minus_first = minus(format_schedule(cell.compared_with))
     return {"minus_unpruned": minus(""), "minus_random": minus(others["random"]),
-            "minus_none": minus(format_schedule(nothing)) if len(cell.schedule) == 1 else None,
-            "minus_oracles": {name: value for name, value in minus_oracles.items() if value},
-            "minus_first": minus(format_schedule(cell.compared_with)) if cell.compared_with
-            else None}
+            "minus_none": minus_none, "minus_first": minus_first,
+            "minus_oracles": {name: value for name, value in minus_oracles.items() if value}}
 
 
 def with_method(schedule: tuple, method: str) -> tuple:
@@ -447,7 +449,7 @@ def run_benchmark(model, benchmark: str, known: list[Question], args, out: Path,
         report.print_sweep(benchmark, rows)
     else:
         report.print_table(benchmark, rows)
-        report.print_verdict(benchmark, rows)
+        report.print_verdict(benchmark, rows, len({question.image for question in questions}))
     report.print_odd(benchmark, rows)
 
 

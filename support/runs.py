@@ -403,7 +403,8 @@ def start(main):
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
-        print(f"{program}: error: out of memory {str(e).partition(chr(10))[0]}", file=sys.stderr)
+        said = str(e).split("\n")[0] or "MemoryError"
+        print(f"{program}: error: memory ran out ({said})", file=sys.stderr)
         sys.exit(2)
     if failed:
         sys.exit(f"{program}: error: {failed} questions failed for want of memory, scored 0; the "

@@ -19,7 +19,8 @@ EVAL = {
                               "model.decode(stream, args.max_new_tokens)"),
     "random compared with the unpruned": ('"minus_random": minus(others["random"])',
                                           '"minus_random": minus("")'),
-    "none compared at layer 0": ("nothing = drop_all(nothing[0][0])", "nothing = drop_all(0)"),
+    "none compared at layer 0": ("minus(format_schedule(drop_all(layer)))",
+                                 "minus(format_schedule(drop_all(0)))"),
     "errors by question": ("    image = images_of(questions)\n",
                            "    image = np.arange(len(questions))\n"),
     "a failed question left out of the score": (

@@ -189,9 +189,9 @@ def test_a_pipe_that_nobody_reads_on_ends_the_program_quietly(tmp_path):
 @pytest.mark.parametrize("error, message", [
     (InputError("--layer x: want a number"), "--layer x: want a number"),
     (KeyboardInterrupt(), "interrupted; what was answered is kept"),
-    (MemoryError(), "out of memory"),
+    (MemoryError(), "memory ran out (MemoryError)"),
     (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB\nmore"),
-     "out of memory CUDA out of memory. Tried to allocate 9 GiB\n")])
+     "memory ran out (CUDA out of memory. Tried to allocate 9 GiB)\n")])
 def test_what_ends_a_program_is_said_in_one_line(error, message, monkeypatch, capsys):
     def main(argv):
         raise error

@@ -83,8 +83,8 @@ ABOVE = (15.0, 9.0, 20.0)
 BELOW = (-8.0, -12.0, -3.0)
 
 
-def verdict(capsys, *rows):
-    report.print_verdict("mme", list(rows))
+def verdict(capsys, *rows, images=100):
+    report.print_verdict("mme", list(rows), images)
     return capsys.readouterr().out.strip()
 
 
@@ -92,8 +92,19 @@ def test_past_the_horizon_nothing_differs(capsys):
     said = verdict(capsys, row("none", 20, 90.0, minus_unpruned=SAME),
                    row("dart", 20, 90.0, SAME, SAME), row("info", 20, 90.0, ABOVE, ABOVE),
                    row("fastv", 20, 89.5, (-0.5, -2.0, 1.0), (0.5, -1.0, 2.0)))
-    assert said == ("mme: layer 20 is past the horizon: no method differs from random or from "
-                    "dropping every visual token.")
+    assert said == ("mme: layer 20 is past the horizon: no method differs from random; no method "
+                    "differs from dropping every visual token.")
+
+
+def test_a_layer_is_only_past_the_horizon_where_a_cost_would_have_been_seen(capsys):
+    """An interval that reaches 5 points down, or nothing lost on 59 images, can hide a cost."""
+    dart = row("dart", 20, 90.0, SAME, SAME)
+    for low, images, told in ((-4.9, 60, True), (-5.0, 60, False), (0.0, 60, True),
+                              (0.0, 59, False)):
+        none = row("none", 20, 90.0, minus_unpruned=(0.0, low, 0.0))
+        said = verdict(capsys, none, dart, images=images)
+        assert said.startswith("mme: layer 20 is past the horizon: no") == told
+        assert ("too few questions to tell whether layer 20" in said) == (not told)
 
 
 def test_before_it_methods_beat_random_and_lose_to_nothing(capsys):
@@ -101,16 +112,16 @@ def test_before_it_methods_beat_random_and_lose_to_nothing(capsys):
                    row("random", 20, 52.9, None, BELOW), row("dart", 20, 68.5, ABOVE, BELOW),
                    row("fastv", 20, 62.6, (9.6, 3.9, 15.1), SAME))
     assert said == ("mme: layer 20 is before the horizon: 2 of 2 methods beat random, by 9.6 to "
-                    "15.0 points; 1 of 2 methods lose to dropping every visual token, by 8.0 "
-                    "points. Prune later, or drop everything.")
+                    "15.0 points; 1 of 2 methods loses to dropping every visual token, by "
+                    "8.0 points. Prune later, or drop everything.")
 
 
 def test_no_advice_to_drop_everything_where_one_method_is_worth_it(capsys):
     said = verdict(capsys, row("none", 20, 75.7, minus_unpruned=BELOW),
                    row("dart", 20, 68.5, BELOW, ABOVE), row("fastv", 20, 62.6, SAME, BELOW))
-    assert said == ("mme: layer 20 is before the horizon: 1 of 2 methods lose to random, by 8.0 "
-                    "points; 1 of 2 methods beat dropping every visual token, by 15.0 points and "
-                    "1 of 2 methods lose to dropping every visual token, by 8.0 points.")
+    assert said == ("mme: layer 20 is before the horizon: 1 of 2 methods loses to random, by 8.0 "
+                    "points; 1 of 2 methods beats dropping every visual token, by 15.0 points and "
+                    "1 of 2 methods loses to dropping every visual token, by 8.0 points.")
 
 
 def test_one_method_against_itself_has_no_verdict(capsys):
@@ -137,9 +148,9 @@ def test_a_sweep_says_what_the_paper_asks_of_it(capsys):
     assert "largest lead over random is +20.0 [+10.0, +30.0], dart at layer 1" in printed
     assert "0 of 2 cells are below random by a whole interval; by chance one expects 0." in printed
     assert "from layer 2 on every method is within [-1.0, +2.0] of random" in printed
-    assert "methods beat dropping everything at layers 1 (dart)." in printed
+    assert "methods beat dropping everything at layer 1 (dart)." in printed
     assert "no method is shown to lose to dropping everything at any layer." in printed
-    assert ("info beats every method at layers 1; some method beats it at layers -; its largest "
+    assert ("info beats every method at layer 1; some method beats it at no layer; its largest "
             "lead over the best method is +30.0 [+20.0, +40.0], over dart at layer 1") in printed
 
 
@@ -175,7 +186,7 @@ def test_no_method_is_known_by_name(monkeypatch, capsys):
     monkeypatch.setitem(METHODS, "mine", METHODS["dart"])
     said = verdict(capsys, row("none", 3, 50.0, minus_unpruned=BELOW),
                    row("mine", 3, 60.0, ABOVE, SAME))
-    assert "1 of 1 methods beat random" in said
+    assert "1 of 1 methods beats random" in said
 
 
 # ---- information ---------------------------------------------------------------------------------
@@ -188,7 +199,7 @@ def test_negative_information_is_said_where_a_whole_interval_is(capsys):
         vanishes=22)
     printed = capsys.readouterr().out
     assert "under 1 % of layer 1's from layer 22 on" in printed
-    assert "at layers 17 it is negative by a whole interval" in printed
+    assert "at layer 17 it is negative by a whole interval" in printed
     report.print_information_verdict("mme", [at(1, 0.2, 0.01)], vanishes=None)
     assert capsys.readouterr().out == "mme: mean information is under 1 % of layer 1's nowhere " \
                                       "(our rule).\n"

@@ -32,6 +32,9 @@ def drawn_segment(view, n):
     return start + torch.arange(n)
 
 
+# methods that act on a stream as it is: for tests that need some set of rows, whichever
+FREE = [name for name, method in METHODS.items() if not (method.needs_layer or method.info)]
+DRAWS = next(name for name, method in METHODS.items() if method.draws)
 ADDED = {"every-third": Method(every_third, "#008080"),
          "merged": Method(merged_into_one, "#808000", merges=True),
          "segment": Method(drawn_segment, "#800080", draws=True)}
@@ -189,9 +192,9 @@ def test_variants_in_one_batch_equal_each_on_its_own(model, reached, info):
         assert together.origin[b].equal(alone.origin[0]), method
         close(together.x[b], alone.x[0])
         assert answers[b] == model.decode(alone, 4)[0]
-    seeds = prune(model, reached, "random", 5, [1, 2])
+    seeds = prune(model, reached, DRAWS, 5, [1, 2])
     assert [origin.tolist() for origin in seeds.origin] == [
-        prune(model, reached, "random", 5, seed).origin[0].tolist() for seed in (1, 2)]
+        prune(model, reached, DRAWS, 5, seed).origin[0].tolist() for seed in (1, 2)]
 
 
 def test_pruning_leaves_the_stream_it_was_given_untouched(model, reached, info):
@@ -205,7 +208,7 @@ def test_pruning_leaves_the_stream_it_was_given_untouched(model, reached, info):
 
 def test_a_stream_with_room_goes_on_as_one_without(model, start):
     """Variants that share the first layers' cache; rows written in place, then room is made."""
-    stream = model.run(prune(model, model.run(start, stop=2), ["random", "divprune"], 5))
+    stream = model.run(prune(model, model.run(start, stop=2), FREE[:2], 5))
     roomy = with_room(stream, 3)
     ids = torch.tensor([[5, 6], [7, 8]])
     held = [kv.keys_room for kv in roomy.cache]
@@ -222,7 +225,7 @@ def test_a_stream_with_room_goes_on_as_one_without(model, start):
 
 def test_pruned_tokens_are_not_kept_alive_by_views(model, start, reached):
     """The cache after pruning owns exactly the bytes of what it holds."""
-    stream = model.run(prune(model, reached, "random", 4))
+    stream = model.run(prune(model, reached, FREE[0], 4))
     _, G, D = heads(model)
     for layer, kv in enumerate(stream.cache):
         rows = stream.x.shape[1] if layer else start.x.shape[1]
@@ -236,7 +239,7 @@ def test_a_method_that_needs_a_layer_or_a_measurement_says_so(model, start, reac
     if METHODS[method].needs_layer:
         with pytest.raises(InputError, match="cannot act at layer 0"):
             prune(model, start, method, 5, info=info)
-        again = prune(model, reached, "random", 9)
+        again = prune(model, reached, FREE[0], 9)
         with pytest.raises(AssertionError, match=f"{method} needs a layer run"):
             prune(model, again, method, 3)
     else:
@@ -250,9 +253,9 @@ def test_a_view_shows_the_layer_before_and_the_tokens_that_are_left(request, mod
                                                                     info):
     """Everything in a second-stage View recomputed by hand, for the second of two variants."""
     module = MODULES[request.node.callspec.params["model"]]
-    stream = model.run(prune(model, reached, ["random", "divprune"], 7), stop=2)
+    stream = model.run(prune(model, reached, FREE[:2], 7), stop=2)
     view = tokprune.view_of(model, stream, 1, 3, info["info"])
-    before = prune(model, reached, "divprune", 7)
+    before = prune(model, reached, FREE[1], 7)
     layer = decoder(model).layers[1]
     H, G, D = heads(model)
     T = before.x.shape[1]
