@@ -509,7 +509,7 @@ def main(argv: list[str]) -> int:
             del found["horizons"][rule]["draws"]
     picture = args.plot or out / "information.png"
     if RANK == 0:
-        np.savez(out / "information.npz", **maps)
+        save_maps(out / "information.npz", maps)
         plot_information(result["benchmarks"], examples, picture)
     print(f"{args.mode}, {args.target}, windows of {args.window} x {args.window}; "
           f"{runs.where(model)}; maps in {out / 'information.npz'}, picture in {picture}")
@@ -545,7 +545,7 @@ def explain(model, benchmark: str, questions: list, layers: list[int], args, out
              "noise": noise, "vanishes": statistics.layer_without_information(rows, noise),
              "blank": sum(first_token_is_blank(model, question) for question in asked),
              "right": sum(record["scores"]["unpruned"] == 1 for record in records),
-             "asked": len(asked),
+             "asked": len(asked), "with_gold": sum(bool(question.answers) for question in asked),
              "gflops": [work / 1e9 for work in cost], "failed": len(questions) - len(asked)}
     report.print_information(benchmark, found, args)
     return found, (model.canvas(image), values[0], question.prompt, answer)
@@ -566,6 +566,14 @@ def first_token_is_blank(model, question) -> bool:
     if not question.answers:
         return False
     return not model.tokenizer.decode(model.answer_ids(question.gold)[:1]).strip()
+
+
+def save_maps(file: Path, maps: dict[str, np.ndarray]):
+    """Raises InputError; answers.jsonl holds the maps too."""
+    try:
+        np.savez(file, **maps)
+    except OSError as e:
+        raise InputError(f"{file}: cannot be written ({e.strerror}); want room for it")
 
 
 def encode(values: np.ndarray) -> dict:

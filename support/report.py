@@ -303,9 +303,11 @@ def print_information(benchmark: str, found: dict, args):
     if args.target == "first" and found["blank"]:
         print(f"{benchmark}: target first sees no content in {found['blank']} of {found['asked']} "
               "answers: their first token is a blank.")
-    print(f"{benchmark}: the unpruned model gives the gold answer to {found['right']} of "
-          f"{found['asked']} questions; the same windows in batches of another shape differ by at "
-          f"most {found['noise']:.1e}.")
+    if found["with_gold"]:
+        print(f"{benchmark}: the unpruned model gives the gold answer to {found['right']} of "
+              f"{found['with_gold']} questions.")
+    print(f"{benchmark}: the same windows, measured one by one, differ by at most "
+          f"{found['noise']:.1e}.")
     ours, official = found["gflops"]
     print(f"{benchmark}: {ours:.3g} GFLOPs for the first question; the official procedure would "
           f"take {official:.3g}, {official / ours:.1f} times as many.\n")
