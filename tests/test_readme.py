@@ -154,3 +154,14 @@ def test_every_relative_link_leads_somewhere(file):
     relative = [link for link in links if "://" not in link]
     gone = [link for link in relative if not (file.parent / link).exists()]
     assert not gone
+
+
+@pytest.mark.parametrize("file", READMES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_link_to_a_section_has_its_heading(file):
+    """As GitHub names it: lower case, hyphens for blanks, no other punctuation."""
+    for path, anchor in re.findall(r"\]\(([^)\s#]*)#([^)\s]+)\)", file.read_text()):
+        target = file.parent / path if path else file
+        headings = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
+        anchors = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
+                   for heading in headings]
+        assert anchor in anchors, f"{path}#{anchor}"
