@@ -612,12 +612,13 @@ def at_budget(method: str, budget: float, horizon_layer: int, N: int, L: int) ->
         raise InputError(f"budget {budget:.3g} does not fit {method} from layer {first} on and "
                          f"random from layer {horizon_layer} on: they would keep {alone} alone, "
                          f"{with_random} and {past}, {with_none} and 0, of {N} tokens")
-    return [((first, method, ratio(alone, N)),),
-            ((first, method, ratio(with_random, N)), (horizon_layer, "random", ratio(past, N))),
-            ((first, method, ratio(with_none, N)), (horizon_layer, "random", 1.0))]
+    shares = [fraction_removed(n, N) for n in (alone, with_random, past, with_none)]
+    return [((first, method, shares[0]),),
+            ((first, method, shares[1]), (horizon_layer, "random", shares[2])),
+            ((first, method, shares[3]), (horizon_layer, "random", 1.0))]
 
 
-def ratio(n: int, N: int) -> float:
+def fraction_removed(n: int, N: int) -> float:
     """The fraction removed that keeps n of N."""
     return round(1 - n / N, 4)
 
