@@ -2,25 +2,24 @@
 what the original computes on them, pixels, and the published configs as transformers saves them.
 
     pip install torch==2.13.0 transformers==5.23.0 && python tests/make_golden_qwen3.py
-    pip install transformers==4.57.6 && python tests/make_golden_qwen3.py configs
+    python tests/make_golden_qwen3.py configs        also with transformers 4.57.6
 
 No test and no user needs transformers. `hidden` is the input of each layer, planes already added:
 transformers' own hidden_states are what a layer returns, before its plane.
 """
-import hashlib
 import json
 import re
 import shutil
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 import transformers
-from samples import images, kept
+from recording import (GOLDEN, add_configs, digest, greedy, pruned_answers, qwen_tokenizer,
+                       received, recorded_attention, save_checkpoint)
+from safetensors.torch import save_file
+from samples import images
 from transformers import Qwen3VLConfig
 
-GOLDEN = Path(__file__).parent / "golden"
 CHATML = ("<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n"
           "<|im_start|>assistant\n")
 TOKEN = 32 * 32                                             # pixels of a visual token
@@ -87,18 +86,17 @@ def randomise(model):
         p.data = p.data.bfloat16().float()
 
 
-def make_inputs(model, tokenizer, image, question):
+def make_inputs(model, tokenizer, image, question: str) -> dict:
     seen = processor(SMALL)(image)
     grid = torch.tensor(seen.image_grid_thw)
     V = grid.prod().item() // 4
     text = CHATML.format(question).replace("<|image_pad|>", "<|image_pad|>" * V)
     ids = torch.tensor([tokenizer(text).input_ids])
-    pixels = torch.tensor(seen.pixel_values).double()
-    return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid,
-            "mm_token_type_ids": (ids == model.config.image_token_id).int()}, V
+    return {"input_ids": ids, "pixel_values": torch.tensor(seen.pixel_values).double(),
+            "image_grid_thw": grid, "mm_token_type_ids": (ids == model.config.image_token_id).int()}
 
 
-def inputs_of_layers(model, inputs):
+def inputs_of_layers(model, inputs: dict) -> torch.Tensor:
     """(L + 1, T, C): what each decoder layer is given, and the final norm's output."""
     seen = []
 
@@ -113,90 +111,68 @@ def inputs_of_layers(model, inputs):
     return torch.stack(seen)
 
 
-def tower_outputs(model, inputs):
-    """Features, planes, and the attention each visual token receives in the last block: the mean
-    over heads and rows, then over its four patches."""
+def tower_outputs(model, inputs: dict) -> dict:
+    """Features, planes, and the attention each visual token receives in the last block."""
     from transformers.models.qwen3_vl import modeling_qwen3_vl
     tower = model.model.visual
-    seen = []
-    original = modeling_qwen3_vl.eager_attention_forward
-
-    def recorded(*args, **kwargs):
-        out = original(*args, **kwargs)
-        seen.append(out[1])
-        return out
-    modeling_qwen3_vl.eager_attention_forward = recorded
-    implementation, tower.config._attn_implementation = tower.config._attn_implementation, "eager"
-    out = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
-    tower.config._attn_implementation = implementation
-    modeling_qwen3_vl.eager_attention_forward = original
-    saliency = seen[-1][0].mean((0, 1)).view(-1, 4).mean(1)
+    with recorded_attention(modeling_qwen3_vl, tower) as attention:
+        out = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
     return {"features": out.pooler_output, "planes": torch.stack(out.deepstack_features),
-            "saliency": saliency}
+            "saliency": received(attention[-1])}
 
 
-def record_case(model, tokenizer, case, image, question, with_pruned):
-    """-> the case, for the JSON file, and its tensors."""
-    import make_golden
-    make_golden.NEW_TOKENS = NEW_TOKENS
-    inputs, V = make_inputs(model, tokenizer, images()[image], question)
-    ids = inputs["input_ids"]
+def record_case(model, tokenizer, inputs: dict, prune: bool) -> tuple[dict, dict]:
+    """The tensors of a picture and a question, and what the JSON file says of them."""
     text_inputs = {name: value for name, value in inputs.items() if name != "pixel_values"}
     pos, delta = model.model.get_rope_index(**text_inputs)
     tensors = tower_outputs(model, inputs)
     tensors["hidden"] = inputs_of_layers(model, inputs)
-    tensors["ids"] = ids[0]
+    tensors["ids"] = inputs["input_ids"][0]
     tensors["pos"] = pos[:, 0]
-    tensors["next_pos"] = delta.view(1) + ids.shape[1]
-    tensors["logits"], tensors["tokens"] = make_golden.greedy(model, inputs)
-    penalised = make_golden.greedy(model, inputs, 1.5)[1]
-    start = (ids[0] == model.config.image_token_id).nonzero()[0].item()
+    tensors["next_pos"] = delta.view(1) + inputs["input_ids"].shape[1]
+    tensors["logits"], tensors["tokens"] = greedy(model, inputs, NEW_TOKENS)
+    _, penalised = greedy(model, inputs, NEW_TOKENS, 1.5)
     pruned = {}
-    for layer in range(model.config.text_config.num_hidden_layers if with_pruned else 0):
-        for keep in (kept(V, layer), []):
-            hooks = make_golden.masked(model, layer, start, V, keep)
-            key = f"layer{layer}.keep{len(keep)}"
-            tensors[f"{key}.logits"], tensors[f"{key}.tokens"] = make_golden.greedy(model, inputs)
-            for hook in hooks:
-                hook.remove()
-            pruned[f"{case}.{key}"] = [layer, keep]
-    text = tokenizer.decode(tensors["tokens"], skip_special_tokens=True).strip()
-    penalised_text = tokenizer.decode(penalised, skip_special_tokens=True).strip()
-    return {"name": case, "image": image, "question": question, "pruned": pruned, "text": text,
-            "penalised_text": penalised_text}, {f"{case}.{k}": small(t) for k, t in tensors.items()}
+    if prune:
+        found, pruned = pruned_answers(model, inputs, NEW_TOKENS)
+        tensors |= found
+
+    def text(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return tensors, {"pruned": pruned, "text": text(tensors["tokens"]),
+                     "penalised_text": text(penalised)}
 
 
-def small(t):
-    return t if t.dtype == torch.long else t.float()
+def small(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor if tensor.dtype == torch.long else tensor.float()
+    return tensor.contiguous()
 
 
-def record(name, config, pictures, pruned):
-    from make_golden import qwen_tokenizer
-    from safetensors.torch import save_file
+def record(name: str, config, pictures, pruned):
+    """The checkpoint, NAME.safetensors with what it computes, NAME.json with the cases."""
     from transformers import Qwen3VLForConditionalGeneration
     model = Qwen3VLForConditionalGeneration(config).eval()
     randomise(model)
     model.tie_weights()
     folder = GOLDEN / name
     shutil.rmtree(folder, ignore_errors=True)
-    model.bfloat16().save_pretrained(folder, max_shard_size="60KB")
+    keys = save_checkpoint(model, folder, "60KB")
     processor(SMALL).save_pretrained(folder)
-    with tempfile.TemporaryDirectory() as in_memory:
-        model.save_pretrained(in_memory, save_original_format=False)
-        keys = sorted(model.state_dict())
     tokenizer = qwen_tokenizer(folder / "tokenizer.json")
     model = Qwen3VLForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="sdpa").eval()
     tensors = {}
     cases = []
-    for number, image in enumerate(pictures):
+    for number, picture in enumerate(pictures):
         question = ("A cat?", "What is it?")[number % 2]
+        inputs = make_inputs(model, tokenizer, images()[picture], question)
         with torch.no_grad():
-            case, found = record_case(model, tokenizer, f"{image}.{number}", image, question,
-                                      image in pruned)
-        cases.append(case)
-        tensors |= found
-    save_file({k: v.contiguous() for k, v in tensors.items()}, GOLDEN / f"{name}.safetensors")
+            found, case = record_case(model, tokenizer, inputs, picture in pruned)
+        key = f"{picture}.{number}"
+        tensors |= {f"{key}.{what}": small(value) for what, value in found.items()}
+        case["pruned"] = {f"{key}.{what}": how for what, how in case["pruned"].items()}
+        cases.append({"name": key, "image": picture, "question": question} | case)
+    save_file(tensors, GOLDEN / f"{name}.safetensors")
     found = {"transformers": transformers.__version__, "in_memory_keys": keys, "cases": cases}
     (GOLDEN / f"{name}.json").write_text(json.dumps(found) + "\n")
 
@@ -208,22 +184,16 @@ def record_pixels():
         found[name] = {}
         for bounds in BOUNDS:
             seen = processor(bounds)(image)
-            digest = hashlib.sha256(seen.pixel_values.tobytes()).hexdigest()
-            found[name]["{} {}".format(*bounds)] = [seen.image_grid_thw[0].tolist(), digest]
+            grid = seen.image_grid_thw[0].tolist()
+            found[name]["{} {}".format(*bounds)] = [grid, digest(seen.pixel_values)]
     (GOLDEN / "qwen3_pixels.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def record_configs():
+    """The published configs, and how transformers saves them again."""
     file = GOLDEN / "qwen3_configs.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
-    found["published"] = {"4B": HUB_4B, "8B": HUB_8B}
-    found[transformers.__version__] = {}
-    for name, hub in (("4B", HUB_4B), ("8B", HUB_8B)):
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(hub))
-            Qwen3VLConfig.from_pretrained(folder).save_pretrained(folder)
-            saved = json.loads((Path(folder) / "config.json").read_text())
-        found[transformers.__version__][name] = saved
+    hubs = {"4B": HUB_4B, "8B": HUB_8B}
+    found = add_configs(file, Qwen3VLConfig, hubs, published=hubs)
     file.write_text(json.dumps(found) + "\n")
 
 

@@ -5,7 +5,8 @@ QWEN3 = {
     "plane a layer early": (
         "            x, queries, cache[layer] = self.model.layers[layer](x, rope, cache[layer])\n"
         "            if layer < len(stream.planes):\n"
-        "                x = add_to_visual(x, stream.planes[layer], stream.visual, stream.origin)\n",
+        "                x = add_to_visual(x, stream.planes[layer], stream.visual, "
+        "stream.origin)\n",
         "            if layer < len(stream.planes):\n"
         "                x = add_to_visual(x, stream.planes[layer], stream.visual, stream.origin)\n"
         "            x, queries, cache[layer] = self.model.layers[layer](x, rope, cache[layer])\n"),
