@@ -284,6 +284,9 @@ def parse_arguments(argv: list[str]):
         raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
     if args.budget and (args.schedule or args.ratio is not None):
         raise InputError("--budget: takes --method and --layer, and no --ratio or --schedule")
+    if args.plot and (args.schedule or args.budget):
+        raise InputError("--plot: draws score against layer; want --layer and --ratio, not "
+                         "--schedule or --budget")
     runs.check_picture(args.plot)
     if args.layer is None:
         args.layer = "horizon" if args.budget else "20"
@@ -352,11 +355,11 @@ def rows_of_schedules(args, horizon_layer: int) -> list[tuple]:
         if not schedule:
             raise InputError("--schedule: empty, want e.g. 'dart@2=252 random@20:0.9'")
         schedules.append(schedule)
+    first = schedules[0] if len(schedules) > 1 else ()
     rows = []
     for schedule in schedules:
-        compared_with = () if schedule == schedules[0] else schedules[0]
         for one in (schedule, with_method(schedule, "random")):
-            rows.append((format_schedule(one), one, compared_with))
+            rows.append((format_schedule(one), one, first))
     return rows
 
 
@@ -414,8 +417,7 @@ def main(argv: list[str]) -> int:
         run_benchmark(model, benchmark, questions, args, out, result)
     print(f"{runs.where(model)}; repetition penalty {args.repetition_penalty:g}; answers in {out}")
     if args.plot and RANK == 0:
-        layers = report.layers_of(next(iter(result["benchmarks"].values())))
-        plot(result["benchmarks"], layers, args.plot, result["horizon"] or None)
+        plot(result["benchmarks"], args.plot, result["horizon"])
     runs.write_result(out, result, args.json)
     return result["failed"]
 

@@ -57,6 +57,7 @@ def token_information(model, stream: Stream, answer: str, layers: list[int], win
     """
     assert mode in MODES, f"mode is {mode!r}, want one of {MODES}"
     assert target in TARGETS, f"target is {target!r}, want one of {TARGETS}"
+    assert stream.layer == 0, f"the stream is at layer {stream.layer}, want 0"
     check_grid(stream)
     ids = model.answer_ids(answer)
     if not ids:
@@ -380,11 +381,11 @@ def divergence_without_image(model, stream: Stream, answer: str) -> list[float]:
 
 
 def divergence_horizon(curve, threshold: float = 0.002) -> int:
-    """The horizon without gold answers: the first layer from which on the mean divergence stays
-    under `threshold` of layer 0's. Ours; the threshold was chosen after seeing the built-in models.
+    """The horizon without gold answers: the first layer from which on the mean divergence is at
+    most `threshold` of layer 0's. Ours; the threshold was chosen after seeing the built-in models.
     """
     layer = len(curve)
-    while layer > 0 and curve[layer - 1] < threshold * curve[0]:
+    while layer > 0 and curve[layer - 1] <= threshold * curve[0]:
         layer -= 1
     return layer
 
@@ -462,8 +463,8 @@ def calibrate(model, benchmark: str, questions: list, args, out: Path) -> tuple[
     answered = [(q, record) for q, record in zip(chosen, records) if record]
     layer = horizons_of(*zip(*answered), args)[args.rule]["layer"]
     if layer == model.num_layers:
-        raise InputError(f"--layer horizon: {benchmark} has none; dropping every visual token "
-                         "changes the answers at every layer")
+        raise InputError(f"--layer horizon: {benchmark} has none; even at the last layer, dropping "
+                         "every visual token costs more than the rule allows")
     print(f"{benchmark}: horizon at layer {layer}, measured on {len(answered)} questions; "
           f"{len(others)} others remain to be scored")
     return layer, others, len(chosen) - len(answered)
@@ -544,7 +545,8 @@ def explain(model, benchmark: str, questions: list, layers: list[int], args, out
     found = {"information": rows, "horizons": horizons, "horizon": horizons["score"],
              "noise": noise, "vanishes": statistics.layer_without_information(rows, noise),
              "blank": sum(first_token_is_blank(model, question) for question in asked),
-             "right": sum(record["scores"]["unpruned"] == 1 for record in records),
+             "right": sum(record["scores"]["unpruned"] == 1 for question, record in answered
+                          if question.answers),
              "asked": len(asked), "with_gold": sum(bool(question.answers) for question in asked),
              "gflops": [work / 1e9 for work in cost], "failed": len(questions) - len(asked)}
     report.print_information(benchmark, found, args)
@@ -554,9 +556,9 @@ def explain(model, benchmark: str, questions: list, layers: list[int], args, out
 def noise_of_batches(model, stream: Stream, answer: str, layer: int, args) -> float:
     """The largest difference between the same windows measured in one batch and one by one: a GPU
     picks its kernels by shape, and rounds differently. Less information than that is none."""
-    together, alone = (token_information(model, stream, answer, [layer], args.window,
-                                         args.mode, max_batch_tokens=bound)
-                       for bound in (args.max_batch_tokens, 1))
+    together, alone = [token_information(model, stream, answer, [layer], args.window, args.mode,
+                                         args.target, bound)
+                       for bound in (args.max_batch_tokens, 1)]
     return float((together - alone).abs().max())
 
 

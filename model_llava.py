@@ -440,18 +440,19 @@ class Config:
 def read_config(path: Path) -> Config:
     """config.json of a LLaVA-1.5 folder, in any form transformers has written it. Raises
     InputError."""
-    raw = read_json(path / "config.json")
+    file = path / "config.json"
+    raw = read_json(file)
     if "mm_vision_tower" in raw:
         raise InputError(f"{path}: original LLaVA layout (its own key names, no vision tower "
                          "inside); want the converted folder, e.g. llava-hf/llava-1.5-7b-hf")
     if raw.get("model_type") != "llava":
-        raise InputError(f"{path}/config.json: model_type is {raw.get('model_type')!r}, want "
+        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, want "
                          "'llava'")
     raw = {key: value for key, value in raw.items() if value is not None}       # null is left out
-    text = checkpoint.section(raw, "text_config", path)
-    vision = checkpoint.section(raw, "vision_config", path)
-    old_rope = checkpoint.section(text, "rope_scaling", path)                   # transformers 4
-    new_rope = checkpoint.section(text, "rope_parameters", path)                # transformers 5
+    text = checkpoint.section(raw, "text_config", file)
+    vision = checkpoint.section(raw, "vision_config", file)
+    old_rope = checkpoint.section(text, "rope_scaling", file)                   # transformers 4
+    new_rope = checkpoint.section(text, "rope_parameters", file)                # transformers 5
     if new_rope.get("rope_theta") is not None:
         text = text | {"rope_theta": new_rope["rope_theta"]}
     config = Config(text=checkpoint.fill(TextConfig, text, path),

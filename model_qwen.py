@@ -532,18 +532,19 @@ class Config:
 def read_config(path: Path) -> Config:
     """config.json of a Qwen2.5-VL folder, in any form that transformers 4 and 5 have written it.
     Raises InputError."""
-    raw = read_json(path / "config.json")
+    file = path / "config.json"
+    raw = read_json(file)
     if raw.get("model_type") != "qwen2_5_vl":
-        raise InputError(f"{path}/config.json: model_type is {raw.get('model_type')!r}, want "
+        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, want "
                          "'qwen2_5_vl'")
-    text = checkpoint.section(raw, "text_config", path) or raw      # published: at the root
-    old_rope = checkpoint.section(text, "rope_scaling", path)       # transformers 4
-    new_rope = checkpoint.section(text, "rope_parameters", path)    # transformers 5
+    text = checkpoint.section(raw, "text_config", file) or raw      # published: at the root
+    old_rope = checkpoint.section(text, "rope_scaling", file)       # transformers 4
+    new_rope = checkpoint.section(text, "rope_parameters", file)    # transformers 5
     for rope in (old_rope, new_rope):
         for name in ("rope_theta", "mrope_section"):
             if name in rope:
                 text = text | {name: rope[name]}
-    vision = checkpoint.section(raw, "vision_config", path)
+    vision = checkpoint.section(raw, "vision_config", file)
     min_pixels, max_pixels = checkpoint.read_bounds(path, PIXELS)
     config = Config(text=checkpoint.fill(TextConfig, text, path),
                     vision=checkpoint.fill(VisionConfig, vision, path),

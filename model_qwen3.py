@@ -568,21 +568,22 @@ class Config:
 def read_config(path: Path) -> Config:
     """config.json of a Qwen3-VL folder, as published and as transformers 4 and 5 save it. Raises
     InputError."""
-    raw = read_json(path / "config.json")
+    file = path / "config.json"
+    raw = read_json(file)
     kind = raw.get("model_type")
     if kind in REFUSED:
-        raise InputError(f"{path}/config.json: model_type is {kind!r}, {REFUSED[kind]}; want a "
+        raise InputError(f"{file}: model_type is {kind!r}, {REFUSED[kind]}; want a "
                          "dense Qwen3-VL: 2B, 4B, 8B or 32B")
     if kind != "qwen3_vl":
-        raise InputError(f"{path}/config.json: model_type is {kind!r}, want 'qwen3_vl'")
-    text = checkpoint.section(raw, "text_config", path)
-    old_rope = checkpoint.section(text, "rope_scaling", path)       # transformers 4, as published
-    new_rope = checkpoint.section(text, "rope_parameters", path)    # transformers 5
+        raise InputError(f"{file}: model_type is {kind!r}, want 'qwen3_vl'")
+    text = checkpoint.section(raw, "text_config", file)
+    old_rope = checkpoint.section(text, "rope_scaling", file)       # transformers 4, as published
+    new_rope = checkpoint.section(text, "rope_parameters", file)    # transformers 5
     for rope in (old_rope, new_rope):
         for name in ("rope_theta", "mrope_section", "mrope_interleaved"):
             if name in rope:
                 text = text | {name: rope[name]}
-    vision = checkpoint.section(raw, "vision_config", path)
+    vision = checkpoint.section(raw, "vision_config", file)
     min_pixels, max_pixels = checkpoint.read_bounds(path, PIXELS)
     config = Config(text=checkpoint.fill(TextConfig, text, path),
                     vision=checkpoint.fill(VisionConfig, vision, path),

@@ -166,6 +166,7 @@ def choose(view: "View", method: str, n: int) -> tuple[Tensor, Tensor | None]:
     To keep none or all of them takes no method.
     """
     V = view.visual[1]
+    assert method in METHODS, f"unknown method {method!r}"
     if n in (0, V):
         return torch.arange(n), None
     check_method(method, view.layer)
@@ -539,7 +540,8 @@ def parse_schedule(text: str) -> list[tuple[int, str, float | int]]:
     """
     schedule = []
     for part in text.split():
-        match = re.fullmatch(r"([\w-]+)@(\d+)(?::(\d*\.?\d+)|=(\d+))", part)
+        number_of = r"(?::(\d*\.?\d+(?:e-\d+)?)|=(\d{1,9}))"
+        match = re.fullmatch(r"([\w-]+)@(\d{1,9})" + number_of, part)
         if not match:
             raise InputError(f"schedule part {part!r} does not parse; want method@layer:ratio or "
                              "method@layer=count, e.g. 'dart@2=252 random@20:0.9'")
@@ -620,7 +622,7 @@ def at_budget(method: str, budget: float, horizon_layer: int, N: int, L: int) ->
 
 def fraction_removed(n: int, N: int) -> float:
     """The fraction removed that keeps n of N."""
-    return round(1 - n / N, 4)
+    return round(1 - n / N, 6)
 
 
 def flops(config, rows: list[int], past: int = 0) -> int:

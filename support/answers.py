@@ -102,8 +102,8 @@ def join_answers(file: Path, data: dict[str, list[Question]], paths: list[Path])
     """
     asked = known_as(data, paths)
     given = {name: {} for name in data}
-    for line_number, line in enumerate(read_lines(file), 1):
-        about = f"{file}: line {line_number}"
+    for answer_number, line in enumerate(read_lines(file), 1):
+        about = f"{file}: answer {answer_number}"
         benchmark = benchmark_of(line, data, about)
         if benchmark not in data:           # a run may answer more benchmarks than are asked about
             continue
@@ -112,8 +112,8 @@ def join_answers(file: Path, data: dict[str, list[Question]], paths: list[Path])
         if others:
             cells = next(iter(others.values()))
             if answers.keys() != cells.keys():
-                raise InputError(f"{about} has answers of {', '.join(answers)}, the lines before "
-                                 f"of {', '.join(cells)}")
+                raise InputError(f"{about} is of {', '.join(answers)}, the ones before of "
+                                 f"{', '.join(cells)}")
         question = question_of(line, benchmark, data, asked, others, about)
         others[question.id] = answers
     if not any(given.values()):

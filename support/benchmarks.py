@@ -83,7 +83,7 @@ def load_mme(paths: list[Path], style: str | None, images: bool) -> list[Questio
     questions = []
     for folder in paths:
         if folder.name in PERCEPTION + COGNITION and folder.is_dir():
-            inside = [path for path in paths if str(path).startswith(f"{folder}{os.sep}")]
+            inside = [path for path in paths if folder in path.parents]
             questions += load_subtask(folder, inside, style, images)
     return questions
 
@@ -170,10 +170,10 @@ def load_textvqa(paths: list[Path], style: str | None, images: bool) -> list[Que
     file = find(paths, "TextVQA_0.5.1_val.json")
     if file is None:
         return []
-    folders = [path for path in paths if path.name == "train_images" and path.is_dir()]
-    if images and not folders:
+    folder = find(paths, "train_images")
+    if images and (folder is None or not folder.is_dir()):
         raise InputError(f"{file}: is here, the folder train_images is not" + unpacked(paths))
-    folder = folders[0] if folders else file.parent / "train_images"
+    folder = folder or file.parent / "train_images"
     tokens = load_ocr(paths, file) if style == "llava" else None
     data = require(read_json(file), file, "the whole", data=list)["data"]
     questions = []
@@ -253,13 +253,13 @@ MISSPELLED = misspelled_contractions()
 
 def normalise(answer: str) -> str:
     """TextVQA's official normaliser (mmf, EvalAIAnswerProcessor), its quirks included."""
-    text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = text.replace("\n", " ").replace("\t", " ").strip()
     before = text
     for mark in ';/[]"{}()=+\\_-><@`!':
         touches_blank = f"{mark} " in before or f" {mark}" in before
         text = text.replace(mark, "" if touches_blank else " ")
-    text = re.sub(r"\.(?!\d)", "", text, count=32)
+    text = re.sub(r"\.(?!\d)", "", text, count=32)      # sic: the original passes a flag as count
     words = [NUMBERS.get(word, word) for word in text.split()]
     words = [MISSPELLED.get(word, word) for word in words if word not in ARTICLES]
     return " ".join(words)
@@ -428,7 +428,7 @@ def check_own(entry: dict, about: str):
     if len(answers) != want:
         raise InputError(f"{about}: {len(answers)} answers, want ten for metric vqa, one for yesno "
                          "and choice")
-    is_letter = answers[0] in LETTERS
+    is_letter = answers[0] in set(LETTERS)
     is_yes_or_no = answers[0].lower() in ("yes", "no")
     if metric == "choice" and not is_letter or metric == "yesno" and not is_yes_or_no:
         raise InputError(f"{about}: the answer is {answers[0]!r}, want yes or no for metric yesno, "
@@ -491,9 +491,10 @@ def load_benchmark(name: str, data: Path, style: str | None = None, images: bool
         if twin is not question:
             raise InputError(f"{name}: question {question.id} is there twice, in {twin.source} and "
                              f"in {question.source}")
-        if re.search("[\ud800-\udfff]", question.prompt):
-            raise InputError(f"{question.source}: question {question.id} holds half a character: "
-                             f"{ascii(question.prompt)[:100]}")
+        text = " ".join([question.id, question.prompt, *question.answers])
+        if re.search("[\ud800-\udfff]", text):
+            raise InputError(f"{question.source}: a question holds half a character: "
+                             f"{ascii(text)[:100]}")
         if images and not os.path.isfile(question.image):
             raise InputError(f"{question.image}: not found; question {question.id} of {name} is "
                              "about it" + unpacked(paths))
@@ -512,7 +513,8 @@ def paths_under(root: Path) -> list[Path]:
     for folder, inner, names in os.walk(root, followlinks=True, onerror=unreadable):
         real = os.path.realpath(folder)
         if real in seen:                                # a loop of links
-            inner[:] = []
+            inner.clear()
+            continue
         inner[:] = [name for name in inner if not name.startswith((".", "__MACOSX"))]
         seen.add(real)
         paths += [Path(folder, name) for name in inner + names if not name.startswith(".")]

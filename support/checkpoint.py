@@ -22,8 +22,8 @@ RELATIVES = {"llava_llama": "model_llava", "qwen3_vl_moe": "model_qwen3",
 
 
 def load_model(path: Path, device=None, dtype=None, **bounds):
-    """The model of a folder, by the file that implements it. bounds: min_pixels, max_pixels, where
-    the model resizes images within bounds. Raises InputError."""
+    """The model of a folder, by the file that implements it. bounds: min_pixels and max_pixels, for
+    a model that has them. Raises InputError."""
     path = Path(path)
     module = module_of(path)
     for name in bounds:
@@ -79,11 +79,11 @@ def device_and_dtype(device, dtype) -> tuple:
 
 # ---- config.json ---------------------------------------------------------------------------------
 
-def section(raw: dict, name: str, path: Path) -> dict:
-    """A section of config.json, empty if it is not there. Raises InputError."""
+def section(raw: dict, name: str, file: Path) -> dict:
+    """A section of a JSON file, empty if it is not there. Raises InputError."""
     value = raw.get(name) or {}
     if not isinstance(value, dict):
-        raise InputError(f"{path}/config.json: {name} is {value!r}, want an object")
+        raise InputError(f"{file}: {name} is {value!r}, want an object")
     return value
 
 
@@ -139,19 +139,24 @@ def read_bounds(path: Path, default: tuple[int, int]) -> tuple[int, int]:
     They are in preprocessor_config.json or, nested, in processor_config.json: under their own names
     or, as transformers 5 saves them, as size. Raises InputError.
     """
+    file = path / "preprocessor_config.json"
     raw = {}
-    if (path / "preprocessor_config.json").exists():
-        raw = read_json(path / "preprocessor_config.json")
+    if file.exists():
+        raw = read_json(file)
     elif (path / "processor_config.json").exists():
-        raw = read_json(path / "processor_config.json")
-        raw = section(raw, "image_processor", path)
-    size = section(raw, "size", path)
-    low = raw.get("min_pixels") or size.get("shortest_edge") or default[0]
-    high = raw.get("max_pixels") or size.get("longest_edge") or default[1]
-    for name, value in (("min_pixels", low), ("max_pixels", high)):
+        file = path / "processor_config.json"
+        raw = section(read_json(file), "image_processor", file)
+    size = section(raw, "size", file)
+    names = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+    bounds = []
+    for (name, of_size), value in zip(names, default):
+        for found in (size.get(of_size), raw.get(name)):
+            if found is not None:
+                value = found
         if type(value) is not int or value < 1:
-            raise InputError(f"{path}: {name} is {value!r}, want a whole number above 0")
-    return low, high
+            raise InputError(f"{file}: {name} is {value!r}, want a whole number above 0")
+        bounds.append(value)
+    return tuple(bounds)
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
@@ -206,6 +211,8 @@ def load_weights(model, path: Path, device, dtype, renames: list, ignored: str,
             name = key
             for pattern, replacement in renames:
                 name = re.sub(pattern, replacement, name)
+            if name in weights:
+                raise InputError(f"{shard}: {key} is there twice")
             if name in wanted:
                 # the file is opened anew for each tensor: pages already converted are let go
                 tensor = read_shard(shard, lambda f: f.get_tensor(key))
@@ -245,8 +252,8 @@ def find_shards(path: Path) -> list[Path]:
     """The files that the index names, or every *.safetensors where there is no index."""
     index = path / "model.safetensors.index.json"
     if index.exists():
-        names = set((read_json(index).get("weight_map") or {}).values())
-        shards = [path / str(name) for name in sorted(names)]
+        names = set(map(str, section(read_json(index), "weight_map", index).values()))
+        shards = [path / name for name in sorted(names)]
         absent = [shard.name for shard in shards if not shard.exists()]
         if absent or not shards:
             raise InputError(f"{path}: {index.name} names {len(shards)} shards, missing: "

@@ -238,13 +238,15 @@ def style_of(name: str) -> Style:
 WIDTH = 760                             # of the panel of a benchmark
 
 
-def plot(report: dict, layers: list[int], path: Path, horizons: dict | None = None):
+def plot(report: dict, path: Path, horizons: dict | None = None):
     """Score against the layer that tokens are pruned at, a panel a benchmark.
 
     report: {benchmark: rows of a sweep}. Methods that draw at random have a band, their 95 %
     interval. horizons: {benchmark: layer}, to be marked. Raises InputError.
     """
-    methods = {row["method"] for rows in report.values() for row in rows}
+    every_row = [row for rows in report.values() for row in rows]
+    layers = sorted({row["layer"] for row in every_row if row["method"] not in REFERENCES})
+    methods = {row["method"] for row in every_row}
     names = [name for name in ("unpruned", "none", "no image", *METHODS) if name in methods]
     across = min(2, len(report))
     bottom = math.ceil(len(report) / across) * 560

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from support.files import read_text, write_text
 from tokprune import InputError
 
-RANK = 0                                # this process,
-WORLD = 1                               # how many there are,
-LOCAL_RANK = 0                          # and which GPU of its machine it takes
+RANK = 0                                # number of this process
+WORLD = 1                               # of processes
+LOCAL_RANK = 0                          # number of this process on its machine, and of its GPU
 if "TORCHELASTIC_RUN_ID" in os.environ:             # set by torchrun, with the three below
     RANK = int(os.environ["RANK"])
     WORLD = int(os.environ["WORLD_SIZE"])
@@ -68,7 +68,7 @@ def merge(out: Path, benchmark: str, questions: list) -> dict[str, dict]:
         others = records.keys() - set(asked)
         order = [key for key in records if key in others]
         order += [key for key in asked if key in records]
-        lines = [json.dumps(records[key], ensure_ascii=False) + "\n" for key in order]
+        lines = [json.dumps(records[key]) + "\n" for key in order]
         write_text(out / "answers.jsonl", "".join(lines))
         for file in files:
             if file.name != "answers.jsonl":
@@ -90,7 +90,7 @@ def read_records(file: Path) -> list[dict]:
         try:
             record = json.loads(line)
             complete = {"benchmark", "id", "answers", "scores"} <= record.keys()
-        except (ValueError, AttributeError):
+        except (json.JSONDecodeError, AttributeError):
             complete = False
         if not complete:
             raise InputError(f"{file}: cannot be read as the answers of an earlier run; line "
@@ -102,7 +102,7 @@ def read_records(file: Path) -> list[dict]:
 def append(file: Path, record: dict):
     try:
         with file.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+            f.write(json.dumps(record) + "\n")
     except OSError as e:
         raise InputError(f"{file}: cannot be written ({e.strerror}); the answers before are in it, "
                          "and the same command goes on")
@@ -113,15 +113,14 @@ def ahead(prepare, items: list, workers: int):
     meanwhile."""
     pool = ThreadPoolExecutor(workers)
     waiting = deque()
-    upcoming = iter(items)
     try:
-        for item in upcoming:
+        for item in items:
             waiting.append((item, pool.submit(prepare, item)))
             if len(waiting) > 2 * workers:
-                item, future = waiting.popleft()
-                yield item, future.result
-        for item, future in waiting:
-            yield item, future.result
+                ready, future = waiting.popleft()
+                yield ready, future.result
+        for ready, future in waiting:
+            yield ready, future.result
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from support.benchmarks import COGNITION, COLUMNS, PERCEPTION
-from support.statistics import NOISE
+from support.statistics import NOISE, mean_of_layer_1
 from tokprune import METHODS
 
 
@@ -297,7 +297,7 @@ def print_information(benchmark: str, found: dict, args):
           f"{layer_and_interval(by_score)}: from there on, dropping every visual token costs at "
           f"most {args.tolerance:.1%} of the score (our rule).{cost_of(by_score, args)}")
     print(f"{benchmark}: without gold answers, at layer {layer_and_interval(by_divergence)}: from "
-          f"there on, the divergence stays under {args.threshold:.2%} of layer 0's (our rule)."
+          f"there on, the divergence is at most {args.threshold:.2%} of layer 0's (our rule)."
           f"{cost_of(by_divergence, args)}")
     print_information_verdict(benchmark, found["information"], found["vanishes"])
     if args.target == "first" and found["blank"]:
@@ -326,10 +326,10 @@ def layer_and_interval(horizon: dict) -> str:
 
 def print_information_verdict(benchmark: str, rows: list[dict], vanishes: int | None):
     """Where information is gone, and where it misleads."""
-    gone = "nowhere"
-    if vanishes is not None:
-        gone = f"from layer {vanishes} on"
-    print(f"{benchmark}: mean information is under 1 % of layer 1's {gone} (our rule).")
+    base = mean_of_layer_1(rows)
+    if base is not None and base > 0:
+        gone = "nowhere" if vanishes is None else f"from layer {vanishes} on"
+        print(f"{benchmark}: mean information is under 1 % of layer 1's {gone} (our rule).")
     misleading = []
     for row in rows:
         error = row["standard_errors"]["mean"]

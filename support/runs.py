@@ -25,6 +25,11 @@ from support.records import DIED, GOES_ON, LOCAL_RANK, RANK, WORLD, is_out_of_me
 from support.timing import device_name
 from tokprune import InputError
 
+try:
+    import fcntl
+except ImportError:                                     # Windows has no such locks
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -58,7 +63,7 @@ def wide_help(prog: str) -> argparse.HelpFormatter:
 def whole(low: int):
     """A type for argparse: a whole number from `low` on."""
     def convert(text: str) -> int:
-        if not re.fullmatch(r"-?\d+", text) or not low <= int(text) < 2 ** 31:
+        if not re.fullmatch(r"-?\d{1,10}", text) or not low <= int(text) < 2 ** 31:
             raise argparse.ArgumentTypeError(f"{text}, want {low} or more, below 2^31")
         return int(text)
     return convert
@@ -159,10 +164,11 @@ def parse_layers(text: str, num_layers: int, horizon_layer: int | None = None) -
     for part in text.split(","):
         if part == "horizon" and horizon_layer is not None:
             layers.append(horizon_layer)
-        elif re.fullmatch(r"-?\d+", part):
+        elif re.fullmatch(r"-?\d{1,9}", part):
             layers.append(int(part))
         else:
-            raise InputError(f"--layer {text}: want layers as 20 or 2,10,20 or all")
+            horizon = "" if horizon_layer is None else " or horizon"
+            raise InputError(f"--layer {text[:100]}: want layers as 20 or 2,10,20 or all{horizon}")
     for layer in layers:
         check_layer(layer, num_layers)
     return layers
@@ -186,13 +192,14 @@ def usable_device(name: str | None) -> str:
     """The device by name, or the default one. Raises InputError if it is not usable here."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and WORLD > 1:
-        name = f"cuda:{LOCAL_RANK}"
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"                     # torch wants a number; 0 without torchrun
     elif name.startswith("cuda:") and WORLD > 1:
         raise InputError(f"--device {name}: all {WORLD} processes would share this one card; "
                          "want cuda, a card each")
     try:
-        assert torch.device(name).type in ("cpu", "cuda"), "want cpu or cuda"
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise ValueError("want cpu or cuda")
         torch.empty(0, device=name)
     except Exception as e:                              # torch raises what the backend raises
         raise InputError(f"--device {name}: not usable here ({str(e).splitlines()[0]})")
@@ -314,6 +321,8 @@ def open_folder(args, settings: dict) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"--out {out}: cannot be written ({e})")
+    if RANK == 0:
+        hold(out)
     file = out / "settings.json"
     if file.exists() or (out / "answers.jsonl").exists():
         before = read_json(file)
@@ -330,17 +339,37 @@ def open_folder(args, settings: dict) -> Path:
     return out
 
 
+held = None                             # the folder that this process writes to, open and locked
+
+
+def hold(folder: Path):
+    """Locks the folder until this process ends, however it ends. Raises InputError if another run
+    writes there."""
+    global held
+    if fcntl is None:
+        return
+    if held is not None:
+        os.close(held)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--out {folder}: another run is writing there; want its end, or another "
+                         "folder")
+
+
 def provenance(args, model, data: dict) -> dict:
     """Versions, commit, machine, and the full hashes of the checkpoint's config, of each shard's
     header (names, shapes and places of its tensors) and of the files that hold the questions."""
-    packages = ("torch", "safetensors", "tokenizers", "pillow", "numpy")
+    packages = {name: version(name) for name in ("safetensors", "tokenizers", "pillow", "numpy")}
+    packages["torch"] = torch.__version__               # with its build: +cpu, +cu130
     sources = {}
     for name, questions in data.items():
         files = sorted({question.source for question in questions})
         content = b"".join(file.read_bytes() for file in files)
         sources[name] = {"files": len(files), "sha256": hashlib.sha256(content).hexdigest()}
     return {"command": args.command, "python": platform.python_version(),
-            "packages": {name: version(name) for name in packages}, "commit": commit(),
+            "packages": packages, "commit": commit(),
             "processes": WORLD, "threads": torch.get_num_threads(),
             "device_name": device_name(next(model.parameters()).device),
             "config_sha256": hashlib.sha256((args.model / "config.json").read_bytes()).hexdigest(),

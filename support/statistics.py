@@ -51,9 +51,10 @@ def horizon_interval(curves: np.ndarray, image: np.ndarray, rule) -> dict:
 
 
 def cost_elsewhere(curves: np.ndarray, scores: np.ndarray, image: np.ndarray, rule,
-                   questions: int, splits: int = 500) -> float:
+                   questions: int, splits: int = 500) -> float | None:
     """What a layer that a rule reads off about so many questions costs on the others: percent of
-    their unpruned score, mean over random splits by image.
+    their unpruned score, mean over random splits by image. None where the others score 0, or are
+    none.
 
     curves: (questions, points), what the rule reads. scores: (questions, 1 + layers): unpruned, and
     with everything dropped at layer 0, 1, ...
@@ -65,11 +66,15 @@ def cost_elsewhere(curves: np.ndarray, scores: np.ndarray, image: np.ndarray, ru
         asked = np.cumsum(np.bincount(image)[order])
         chosen = order[:np.searchsorted(asked, questions) + 1]
         inside = np.isin(image, chosen)
+        if inside.all():
+            continue
         layer = rule(curves[inside].mean(0))
-        others = scores[~inside].mean(0)                # nan where no question is left
+        others = scores[~inside].mean(0)
+        if others[0] == 0:
+            continue
         kept = others[0] if layer == scores.shape[1] - 1 else others[1 + layer]
         losses.append(100 * (others[0] - kept) / others[0])
-    return float(np.mean(losses))
+    return float(np.mean(losses)) if losses else None
 
 
 def gini(values: np.ndarray) -> float:
@@ -104,15 +109,19 @@ def information_by_layer(maps: list[np.ndarray], image: np.ndarray, layers: list
     return rows
 
 
-def layer_without_information(rows: list[dict], noise: float = 0.0) -> int | None:
-    """The first layer from which on the mean stays under 1 % of layer 1's (of the first measured,
-    where 1 is not), or under the noise; None if layer 1's is not above 0, or if there is some
-    information to the end."""
-    base = rows[0]["mean"]
+def mean_of_layer_1(rows: list[dict]) -> float | None:
+    """Layer 0's can be far higher than any other's. None where layer 1 was not measured."""
     for row in rows:
         if row["layer"] == 1:
-            base = row["mean"]
-    if base <= 0:
+            return row["mean"]
+    return None
+
+
+def layer_without_information(rows: list[dict], noise: float = 0.0) -> int | None:
+    """The first layer from which on the mean stays under 1 % of layer 1's, or under the noise; None
+    if layer 1 was not measured or its mean is not above 0, or if there is some to the end."""
+    base = mean_of_layer_1(rows)
+    if base is None or base <= 0:
         return None
     layer = None
     for row in reversed(rows):

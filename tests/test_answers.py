@@ -113,13 +113,13 @@ def test_llavas_pope_ids_join_where_a_label_file_has_another_spelling(data, caps
     ("mme", [{"id": "OCR/0001/0", "answer": "Yes"}] * 2, "answers question 'OCR/0001/0' of mme ag"),
     ("mme", [{"id": "OCR/0001/0", "answer": 5}], "want id (or question_id) and answer (or text)"),
     ("mme", [5], "line 1 5: want an object"),
-    ("mme,pope", [{"id": "OCR/0001/0", "answer": "Yes"}], "line 1 is of benchmark None; want"),
+    ("mme,pope", [{"id": "OCR/0001/0", "answer": "Yes"}], "answer 1 is of benchmark None; want"),
     ("mme", [], "no answers"),
     ("scienceqa", [{"id": "8", "text": "A"}], "answers no question of scienceqa that has an image"),
-    ("mme", [{"benchmark": "MME", "id": "OCR/0001/0"}], "line 1 is of benchmark 'MME'"),
+    ("mme", [{"benchmark": "MME", "id": "OCR/0001/0"}], "answer 1 is of benchmark 'MME'"),
     ("mme", [{"id": "OCR/0001/0", "answers": {}}], "want id (or question_id) and answer"),
     ("mme", [{"id": "OCR/0001/0", "answer": "Yes"}, {"id": "OCR/0001/1", "answers": {"a": "No"}}],
-     "line 2 has answers of a, the lines before of answers")])
+     "answer 2 is of a, the ones before of answers")])
 def test_answers_that_do_not_match_are_named(bench, entries, message, data):
     with pytest.raises(InputError, match=re.escape(message)) as e:
         scored(data, bench, *entries)

@@ -42,6 +42,12 @@ def add_tensor(folder):
     save_file(tensors | {"model.extra.weight": torch.zeros(2)}, shard(folder))
 
 
+def add_twin(folder):
+    """A file of another saving is left beside the others, and there is no index."""
+    (folder / "model.safetensors.index.json").unlink()
+    shutil.copy(shard(folder), folder / "zz.safetensors")
+
+
 def change_shape(folder):
     tensors = load_file(shard(folder))
     name = next(iter(tensors))
@@ -64,6 +70,10 @@ def remove_file(name):
     (drop_tensor, "tensors are missing, the first is"),
     (change_shape, "config.json wants"),
     (add_tensor, "unknown tensor model.extra.weight"),
+    (add_twin, "is there twice"),
+    (write_file("model.safetensors.index.json", "[1]"), "holds a list, want a JSON object"),
+    (write_file("model.safetensors.index.json", '{"weight_map": "x"}'), "want an object"),
+    (write_file("model.safetensors.index.json", '{"weight_map": {"a": [1]}}'), "missing: [1]"),
     (write_file("config.json", "{"), "not valid JSON"),
     (write_file("config.json", "[]"), "holds a list, want a JSON object"),
     (remove_file("config.json"), "config.json: not found"),
@@ -143,6 +153,7 @@ def test_a_config_of_another_model_is_refused_in_one_line(name, change, message,
 
 @pytest.mark.parametrize("entries, message", [
     ({"min_pixels": "a"}, "min_pixels is 'a', want a whole number above 0"),
+    ({"min_pixels": 0}, "min_pixels is 0, want a whole number above 0"),
     ({"size": {"longest_edge": 1.5}}, "max_pixels is 1.5"),
     ({"size": "large"}, "size is 'large', want an object")])
 def test_bounds_that_are_no_areas_are_refused(entries, message, tmp_path):

@@ -23,7 +23,10 @@ BAD_INPUT = [
     # layers, amounts, methods
     ("--layer 24", "layer 24 is out of range; this model has layers 0 to 23"),
     ("--layer -1", "layer -1 is out of range"),
-    ("--layer x", "--layer x"),
+    ("--layer x", "--layer x: want layers as 20 or 2,10,20 or all or horizon"),
+    ("--layer " + 5000 * "9", "want layers as 20"),
+    ("--schedule random@2=" + 5000 * "9", "does not parse"),
+    ("--limit " + 5000 * "9", "want 1 or more"),
     ("--layer 1.5", "--layer 1.5"),
     ("--ratio 1.1", "--ratio: 1.1, want 0 to 1"),
     ("--ratio nan", "--ratio: nan"),
@@ -83,6 +86,8 @@ BAD_INPUT = [
     ("--score nowhere.jsonl", "nowhere.jsonl: not found"),
     ("--plot curve.gif", "--plot curve.gif"),
     ("--plot no/where.png", "--plot no/where.png"),
+    ("--plot curve.png --schedule dart@2=9", "--plot: draws score against layer"),
+    ("--plot curve.png --budget 1/3", "--plot: draws score against layer"),
     ("--plot /proc/x.png --layer 20,21 --limit 2 --method random --bench mme",
      "/proc/x.png: cannot be written"),
     ("--out /proc/nowhere", "--out /proc/nowhere: cannot be written"),
@@ -164,6 +169,22 @@ def test_help_fits_a_screen_and_says_what_every_flag_is_for(name, capsys):
     assert len(flags) >= 8
     for flag in flags:
         assert re.search(r"\S  +\S", flag) or len(flag) >= 36, f"{flag} has no help"
+
+
+def test_a_device_gets_the_number_that_torch_wants(monkeypatch):
+    """torch.cuda.set_device("cuda") is an error; with torchrun every process has its own GPU."""
+    chosen = []
+    monkeypatch.setattr(runs.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runs.torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(runs.torch, "empty", lambda *_, **__: None)
+    for name in (None, "cuda", "cuda:0", "cuda:1"):
+        runs.usable_device(name)
+    monkeypatch.setattr(runs, "WORLD", 8)
+    monkeypatch.setattr(runs, "LOCAL_RANK", 5)
+    assert runs.usable_device("cuda") == "cuda:5"
+    assert chosen == ["cuda:0", "cuda:0", "cuda:0", "cuda:1", "cuda:5"]
+    with pytest.raises(InputError, match="all 8 processes would share this one card"):
+        runs.usable_device("cuda:1")
 
 
 # ---- processes -----------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def three_methods(monkeypatch):
 
 def test_methods_that_coincide_are_all_seen_in_their_own_colors(tmp_path, three_methods):
     rows = [row for name in three_methods for row in curve(name, [50.0] * 12)]
-    plot({"x": rows}, LAYERS, tmp_path / "a.png")
+    plot({"x": rows}, tmp_path / "a.png")
     for name, color in three_methods.items():
         below_axes = 540                                # where the legend begins
         assert ink(tmp_path / "a.png", color)[:below_axes].sum() > 40, name
@@ -59,7 +59,7 @@ def test_no_two_curves_look_alike_even_without_their_color():
 def test_a_method_that_draws_has_the_band_of_its_95_percent(tmp_path, monkeypatch):
     """Whatever its name; a band of one standard error is half as high."""
     monkeypatch.setitem(METHODS, "coin", Method(uniform, "#aa00aa", draws=True))
-    plot({"x": curve("coin", [50.0] * 12, error=10.0)}, LAYERS, tmp_path / "a.png")
+    plot({"x": curve("coin", [50.0] * 12, error=10.0)}, tmp_path / "a.png")
     column = ink(tmp_path / "a.png", lighter("#aa00aa"), 8)[:540, 404]
     percent = 400 / 106                                 # pixels; the axis is from -3 to 103
     line = 9                                            # at most that is hidden by line and marker
@@ -67,7 +67,7 @@ def test_a_method_that_draws_has_the_band_of_its_95_percent(tmp_path, monkeypatc
 
 
 def test_a_method_that_does_not_draw_has_no_band(tmp_path):
-    plot({"x": curve("dart", [50.0] * 12, error=10.0)}, LAYERS, tmp_path / "a.png")
+    plot({"x": curve("dart", [50.0] * 12, error=10.0)}, tmp_path / "a.png")
     pale = ink(tmp_path / "a.png", lighter(METHODS["dart"].color), 8)
     assert pale[:540].sum() < 3000                      # rims of the line; a band has 70,000
 
@@ -76,8 +76,8 @@ def test_nothing_kept_lies_over_random_and_random_over_methods(tmp_path):
     """A black line that is white inside, on grey, on green."""
     same = [50.0] * 12
     rows = curve("none", same) + curve("random", same) + curve("dart", same)
-    plot({"x": rows}, LAYERS, tmp_path / "a.png")
-    plot({"x": rows[12:]}, LAYERS, tmp_path / "b.png")
+    plot({"x": rows}, tmp_path / "a.png")
+    plot({"x": rows[12:]}, tmp_path / "b.png")
     axes = slice(80, 470), slice(80, 740)
     dart = METHODS["dart"].color
     assert ink(tmp_path / "a.png", "#000000", 60)[axes].any(1).sum() >= 3
@@ -88,7 +88,7 @@ def test_nothing_kept_lies_over_random_and_random_over_methods(tmp_path):
 
 @pytest.mark.parametrize("method", ["unpruned", "no image"])
 def test_references_are_dashed_across_all_layers(tmp_path, method):
-    plot({"x": curve("dart", [10.0] * 12) + reference(method, 70.0)}, LAYERS, tmp_path / "a.png")
+    plot({"x": curve("dart", [10.0] * 12) + reference(method, 70.0)}, tmp_path / "a.png")
     y = round(476 - 73 / 106 * 400)
     grey = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
     dark = grey[y - 2:y + 3, 110:730].min(0) < 170
@@ -98,10 +98,10 @@ def test_references_are_dashed_across_all_layers(tmp_path, method):
 
 def test_the_horizon_is_marked_at_its_layer(tmp_path):
     rows = curve("dart", [10.0] * 12)
-    plot({"x": rows}, LAYERS, tmp_path / "none.png")
+    plot({"x": rows}, tmp_path / "none.png")
     before = np.asarray(Image.open(tmp_path / "none.png").convert("L")).astype(int)
     for layer in (3, 8):
-        plot({"x": rows}, LAYERS, tmp_path / "a.png", {"x": layer})
+        plot({"x": rows}, tmp_path / "a.png", {"x": layer})
         after = np.asarray(Image.open(tmp_path / "a.png").convert("L")).astype(int)
         changed = (abs(after - before) > 60)[100:400].any(0).nonzero()[0]
         want = 76 + (layer + 0.5) / 12 * 664
@@ -111,7 +111,7 @@ def test_the_horizon_is_marked_at_its_layer(tmp_path):
 def test_one_layer_is_enough_for_every_curve(tmp_path):
     """A line of one point has no length: what has no marker would not be there."""
     rows = [row for row in curve("none", [20.0] * 12) if row["layer"] == 5]
-    plot({"x": rows + reference("unpruned", 90.0)}, [5], tmp_path / "a.png")
+    plot({"x": rows + reference("unpruned", 90.0)}, tmp_path / "a.png")
     dark = ink(tmp_path / "a.png", "#000000", 60)
     for percent in (20, 90):
         y = round(476 - (percent + 3) / 106 * 400)
@@ -120,14 +120,23 @@ def test_one_layer_is_enough_for_every_curve(tmp_path):
 
 def test_a_curve_runs_from_layer_to_layer_whatever_the_order_of_rows(tmp_path):
     rows = curve("dart", range(0, 96, 8))
-    plot({"x": rows}, LAYERS, tmp_path / "a.png")
-    plot({"x": rows[6:] + rows[:6]}, LAYERS, tmp_path / "b.png")
+    plot({"x": rows}, tmp_path / "a.png")
+    plot({"x": rows[6:] + rows[:6]}, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_every_panel_has_the_layers_of_all_benchmarks(tmp_path):
+    """--layer horizon prunes each benchmark at a layer of its own."""
+    rows = curve("dart", [50.0] * 12)
+    plot({"x": rows[3:4], "y": rows[8:9]}, tmp_path / "a.png")
+    marks = ink(tmp_path / "a.png", METHODS["dart"].color, 60)[60:500]
+    for left in (0, pictures.WIDTH):
+        assert marks[:, left + 100:left + 740].any(), "the curve is outside its panel"
 
 
 def test_benchmarks_need_not_have_the_same_rows(tmp_path):
     plot({"x": curve("dart", [10.0] * 12), "y": curve("random", [90.0] * 12),
-          "z": reference("unpruned", 100.0)}, LAYERS, tmp_path / "a.png")
+          "z": reference("unpruned", 100.0)}, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size[0] == 2 * pictures.WIDTH    # the third goes below
 
@@ -271,7 +280,7 @@ def test_a_wide_image_keeps_its_shape_and_the_tokens_their_place(tmp_path):
 @pytest.mark.parametrize("name", ["no/folder.png", "picture.what"])
 def test_a_file_that_cannot_be_written_is_named_in_one_line(tmp_path, name):
     path = tmp_path / name
-    draw = [lambda: plot({"x": reference("unpruned", 50.0)}, LAYERS, path),
+    draw = [lambda: plot({"x": curve("dart", [50.0] * 12)}, path),
             lambda: plot_information(information([0.1] * 3), example(np.zeros((3, 2, 2))), path),
             lambda: overlay(WHITE, [("none", "a", [])], (4, 4), path, "What?")]
     for call in draw:

@@ -49,6 +49,18 @@ def test_a_record_that_is_broken_is_named_and_not_asked_again(tmp_path):
     assert len(records.read_records(file)) == 1
 
 
+def test_a_record_may_be_cut_off_anywhere(tmp_path):
+    """Within a letter of several bytes, too."""
+    file = tmp_path / "answers.jsonl"
+    record = {"benchmark": "mme", "id": "1", "answers": {"unpruned": "Grün 日"}, "scores": {}}
+    records.append(file, record)
+    records.append(file, record)
+    whole = file.read_bytes()
+    for end in range(len(whole) // 2, len(whole)):
+        file.write_bytes(whole[:end])
+        assert records.read_records(file) == [record]
+
+
 @pytest.mark.parametrize("error, want", [
     (torch.OutOfMemoryError("CUDA out of memory"), True), (MemoryError(), True),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"), True),

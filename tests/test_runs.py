@@ -133,19 +133,36 @@ def test_a_run_goes_on_where_it_stood_and_refuses_other_settings(run, tmp_path, 
         evaluation.main([*FLAGS, "--out", str(out)])
 
 
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    """The lock goes with its process, however that ends."""
+    hold = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path; from support import runs
+runs.hold(Path({str(tmp_path)!r})); print("held", flush=True); sys.stdin.read()
+"""
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match="another run is writing there"):
+        runs.hold(tmp_path)
+    other.kill()
+    other.communicate()
+    runs.hold(tmp_path)
+
+
 def test_a_full_disk_ends_with_one_line_and_what_was_answered_stays(tmp_path, alone):
     """A file may grow to three records' size and no further."""
     want, _, folder = alone
     whole = (folder / "answers.jsonl").read_bytes()
     room = sum(len(line) + 1 for line in whole.split(b"\n")[:3]) + 20
     argv = [*FLAGS, "--out", str(tmp_path)]
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
         with pytest.raises(InputError) as e:
             evaluation.main(argv)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     reason = os.strerror(errno.EFBIG)
     assert f"{tmp_path / 'answers.jsonl'}: cannot be written ({reason})" in str(e.value)
     kept = records.read_records(tmp_path / "answers.jsonl")

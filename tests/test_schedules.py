@@ -57,8 +57,18 @@ def test_tokens_that_left_do_not_come_back():
                                                        ("divprune", 0, 284, 38)])
 def test_a_third_is_divided_as_the_official_code_divides_it(method, first, kept, past):
     """576 tokens, 32 layers; its 38 for DART is 39 where the method alone is rounded up."""
-    want = ((first, method, round(1 - kept / 576, 4)), (20, "random", round(1 - past / 576, 4)))
-    assert at_budget(method, 1 / 3, 20, 576, 32)[1] == want
+    schedule = at_budget(method, 1 / 3, 20, 576, 32)[1]
+    found = [(layer, name, tokprune.count(amount, 576)) for layer, name, amount in schedule]
+    assert found == [(first, method, kept), (20, "random", past)]
+
+
+@pytest.mark.parametrize("N", [64, 576, 16384])
+def test_a_budget_is_kept_to_the_token_and_its_schedule_can_be_typed(N):
+    """Qwen sees an image as 16,384 tokens at most."""
+    for n in range(1, N, 1 if N < 1000 else 7):
+        ratio = tokprune.fraction_removed(n, N)
+        assert tokprune.count(ratio, N) == n
+        assert parse_schedule(tokprune.format_schedule([(2, "dart", ratio)]))[0][2] == ratio
 
 
 @pytest.mark.parametrize("budget, first", [(1 / 9, 1), (1 / 5, 1), (1 / 4, 2), (1 / 3, 2)])
