@@ -120,6 +120,16 @@ def test_the_first_of_several_schedules_is_compared_with_the_others(run, tmp_pat
     assert second["minus_first"][0] == pytest.approx(second["score"] - first["score"])
 
 
+def test_schedules_are_compared_by_what_they_keep():
+    """To keep one token (=1) is not to remove all (:1.0), and random in the place of the first may
+    be the second."""
+    for second in ("dart@2:1.0", "random@2=1"):
+        args = evaluation.parse_arguments(["--schedule", "dart@2=1", "--schedule", second])
+        cells = {cell.key: cell for cell in evaluation.parse_cells(args, 24)}
+        compared = cells[f"{second} seed 0"].compared_with
+        assert evaluation.format_schedule(compared) == "dart@2=1"
+
+
 def test_a_budget_is_spent_alone_with_random_and_with_nothing_past_the_horizon(run, tmp_path):
     _, result = run(evaluation.main, "--budget", "1/3,1/9", "--layer", 17, "--limit", 2, "--bench",
                     "mme", "--seeds", 1, out=tmp_path)

@@ -176,6 +176,8 @@ def test_tokens_of_a_window_share_its_information():
 def test_an_answer_without_a_token_and_tokens_without_a_grid_are_refused(model, start):
     with pytest.raises(InputError, match="the answer '' has no token"):
         token_information(model, start, "", [1])
+    with pytest.raises(AssertionError, match="the stream is at layer 1, want 0"):
+        token_information(model, model.run(start, stop=1), "Y", [1])
     ragged = tokprune.replace(start, N=start.N + 2)
     with pytest.raises(InputError, match=f"the {start.N + 2} visual tokens"):
         token_information(model, ragged, "Y", [1])
@@ -243,7 +245,8 @@ def test_horizon_is_the_first_layer_from_which_dropping_all_is_free(curve, full,
 
 @pytest.mark.parametrize("curve, want", [([5, 1, 0.009, 0.001], 2), ([5, 0.001, 1, 0.001], 3),
                                          ([5, 1, 1, 1], 4), ([1, 8, 0.009, 0.001], 3),
-                                         ([1, 0.002], 2)])
+                                         ([1, 0.003], 2),
+                                         ([0, 0, 0], 0)])
 def test_divergence_horizon_stays_under_a_share_of_layer_0(curve, want):
     assert information.divergence_horizon(curve, 0.002) == want
 
@@ -267,6 +270,19 @@ def test_answers_and_divergence_without_image_equal_a_plain_loop(model, start):
             want += (p * (p.log() - q.log())).sum().item()
         assert nats[layer] == pytest.approx(want, abs=1e-4)
     assert information.divergence_without_image(model, start, "") == [0.0] * model.num_layers
+
+
+def test_noise_is_measured_of_what_is_reported(model, start, monkeypatch):
+    """The same windows of the same target, one by one and together."""
+    asked = []
+
+    def measure(model, stream, answer, layers, window, mode, target, bound):
+        asked.append((layers, window, mode, target, bound))
+        return torch.tensor([1.0 / bound, 0.5])
+    monkeypatch.setattr(information, "token_information", measure)
+    args = SimpleNamespace(window=2, mode="leave-one-out", target="answer", max_batch_tokens=4)
+    assert information.noise_of_batches(model, start, "ab", 3, args) == 0.75
+    assert asked == [([3], 2, "leave-one-out", "answer", bound) for bound in (4, 1)]
 
 
 def test_a_map_survives_being_written_as_json():

@@ -154,6 +154,19 @@ def test_the_result_is_the_last_line_with_json_and_has_no_draws_in_it(measured):
         assert found["right"] <= found["asked"] and found["noise"] < 1e-5
 
 
+def test_only_questions_with_a_gold_answer_can_be_right(run, tmp_path):
+    image = next(iter(load_benchmark("mme", information.runs.ROOT / "tiny"))).image
+    questions = [{"id": "1", "image": str(image), "question": "Is it day?", "answers": ["maybe"],
+                  "metric": "exact"},
+                 {"id": "2", "image": str(image), "question": "What is it?"}]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    printed, result = run(information.main, "--bench", file, "--answers", "own", "--layer", 20,
+                          "--window", 8, out=tmp_path / "out")
+    assert result["benchmarks"]["mine.jsonl"]["right"] == 0
+    assert "gives the gold answer to 0 of 1 questions" in printed
+
+
 def test_an_interrupted_run_measures_the_other_questions_alone(run, measured, tmp_path,
                                                                monkeypatch):
     """Stopped at the third question: the two before are stored, and not measured again."""

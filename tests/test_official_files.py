@@ -195,6 +195,9 @@ def test_a_file_that_is_only_asked_needs_no_answers(folder):
     ({"id": "y"}, "y is there twice"), ({"answers": ["yes", "no"]}, "2 answers, want ten for"),
     ({"answers": [""], "metric": "exact"}, "none empty"),
     ({"answers": ["The answer is B."], "metric": "choice"}, "a letter for choice"),
+    ({"answers": ["AB"], "metric": "choice"}, "a letter for choice"),
+    ({"id": "\ud800"}, "half a character"),
+    ({"answers": ["\ud83d"], "metric": "exact"}, "half a character"),
     ({"image": "."}, ": not found"), ({"id": True}, "want id, image, question")])
 def test_wrong_lines_of_your_own_file_are_named(change, message, folder):
     file = folder / "own.jsonl"

@@ -203,6 +203,8 @@ def test_negative_information_is_said_where_a_whole_interval_is(capsys):
     report.print_information_verdict("mme", [at(1, 0.2, 0.01)], vanishes=None)
     assert capsys.readouterr().out == "mme: mean information is under 1 % of layer 1's nowhere " \
                                       "(our rule).\n"
+    report.print_information_verdict("mme", [at(20, 0.2, 0.01)], vanishes=None)
+    assert capsys.readouterr().out == ""                # layer 1 was not measured
 
 
 def test_the_distance_of_two_horizons_is_that_of_the_same_draws(capsys):

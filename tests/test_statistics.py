@@ -103,6 +103,13 @@ def test_a_model_without_a_horizon_loses_nothing():
     assert cost_elsewhere(scores, scores, np.arange(4), lambda _: 1, questions=2) == 100
 
 
+def test_what_cannot_be_lost_has_no_cost():
+    """The others score nothing, or there are no others: no nan reaches the report."""
+    scores = np.array([[0., 0, 0]] * 4)
+    assert cost_elsewhere(scores, scores, np.arange(4), lambda _: 0, questions=2) is None
+    assert cost_elsewhere(scores, scores, np.zeros(4, int), lambda _: 0, questions=2) is None
+
+
 def test_images_are_split_whole_and_hold_about_as_many_questions_as_asked():
     image = np.arange(6).repeat(2)
     curves = np.eye(6)[image]                                   # the mean: the share of each image
@@ -153,3 +160,4 @@ def test_less_information_than_noise_is_no_share():
 def test_information_is_gone_where_it_stays_under_a_hundredth_of_layer_1(means, noise, want):
     rows = [{"layer": layer, "mean": mean} for layer, mean in enumerate(means)]
     assert layer_without_information(rows, noise) == want
+    assert layer_without_information(rows[2:], noise) is None           # nothing to compare with
