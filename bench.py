@@ -2,7 +2,7 @@
 
     python bench.py                               the model at hand: the built-in one
     python bench.py --model FOLDER --layer 2,20 --ratio 0.9
-    python bench.py --parts pruning,sweep         comparisons, with the aims that they hold or miss
+    python bench.py --parts pruning,sweep         comparisons, and whether each reaches its aim
     python bench.py --parts transformers          against transformers, which it needs installed
 
 Comparisons run on made-up checkpoints of 7B width or on the built-in model. A time is the median of
@@ -22,9 +22,10 @@ from support import comparisons, made_up, report, runs
 from support.benchmarks import load_benchmark
 from support.checkpoint import load_model
 from support.comparisons import TIMED, MiB, Setting, Table
-from support.timing import (STEPS, cache_bytes, decode, device_name, extra_memory, in_turns,
-                            matrix_rate, now, span, time_call, time_prefill)
-from tokprune import (METHODS, InputError, check_method, count, flops, format_schedule, keep,
+from support.files import read_image
+from support.timing import (STEPS, cache_bytes, decode, device_name, extra_memory, matrix_rate, now,
+                            span, time_call, time_in_turns, time_prefill)
+from tokprune import (METHODS, InputError, check_method, flops, format_schedule, keep, number_kept,
                       parse_schedule, prefill, prune, visual_tokens)
 
 TINY = runs.ROOT / "tiny"
@@ -35,11 +36,11 @@ QUESTION = "What does the purple word say?"
 # ---- the model at hand ---------------------------------------------------------------------------
 
 def measure(model, image, question: str, schedules: dict[str, tuple], rounds: int) -> dict:
-    """Milliseconds of image and tower, bytes of the weights, FLOPs a second of a matrix product;
-    and a row for each schedule: milliseconds of prefill, of its selections and of a decoded token,
-    bytes of the cache and of prefill at its peak beside the weights, FLOPs of prefill.
+    """{"tower_ms", "weight_bytes", "matrix_flops", "speed"}: image and tower, the weights, FLOPs a
+    second of a matrix product. "speed" has a row for each schedule: milliseconds, bytes, FLOPs, and
+    ratios to the first.
 
-    schedules: by name; the first is the unpruned model's, which the others are compared with.
+    schedules: by name; the first is the unpruned model's.
     """
     weight = next(model.parameters())
     stream = model.begin(image, question)
@@ -50,19 +51,20 @@ def measure(model, image, question: str, schedules: dict[str, tuple], rounds: in
     for name, schedule in schedules.items():
         row = {"name": name, "schedule": format_schedule(schedule), "prefill_ms": prefill_ms[name]}
         row["select_ms"] = time_selection(model, stream, schedule, rounds)
-        row |= after_prefill(model, stream, schedule, rounds)
+        row |= measure_prefilled(model, stream, schedule, rounds)
         first = rows[0] if rows else row
         ms = row["prefill_ms"]["median"]
         row["times_as_fast"] = first["prefill_ms"]["median"] / ms
         row["times_fewer_flops"] = first["gflops"] / row["gflops"]
-        row["share_of_promise"] = row["times_as_fast"] / row["times_fewer_flops"]
+        row["share_of_flops_ratio"] = row["times_as_fast"] / row["times_fewer_flops"]
         row["share_of_matrix_rate"] = row["gflops"] * 1e9 / (ms / 1000) / rate
         rows.append(row)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {"tower_ms": tower, "weight_bytes": weights, "matrix_flops": rate, "speed": rows}
 
 
-def after_prefill(model, stream, schedule: tuple, rounds: int) -> dict:
+def measure_prefilled(model, stream, schedule: tuple, rounds: int) -> dict:
+    """Decoding time, cache, peak memory beside the weights, and FLOPs of prefill."""
     device = stream.x.device
     full = prefill(model, stream, schedule)
     decoding = time_call(lambda: decode(model, full), rounds, device)
@@ -79,7 +81,7 @@ def time_selection(model, stream, schedule: tuple, rounds: int) -> float:
     total = 0.0
     for layer, method, amount in schedule:
         reached = model.run(stream, stop=layer)
-        n = count(amount, reached.N)
+        n = number_kept(amount, reached.N)
         ms = time_call(lambda: prune(model, reached, method, n), rounds, reached.x.device)
         total += ms["median"]
         stream = prune(model, reached, method, n)
@@ -101,7 +103,7 @@ def schedules_of(args, L: int) -> dict[str, tuple]:
     for schedule in schedules.values():
         for layer, method, _ in schedule:
             runs.check_layer(layer, L)
-            if METHODS[method].info:
+            if METHODS[method].measure:
                 raise InputError(f"{method}: what it needs is measured in other runs of the model, "
                                  f"so it is not timed; want some of {', '.join(TIMED)}")
     return schedules
@@ -137,19 +139,19 @@ def print_speed(found: dict):
 
 def print_verdicts(rows: list[dict], schedules: dict[str, tuple], args):
     """What the times mean: a sentence for each --schedule or --layer."""
-    rows = {row["name"]: row for row in rows}
+    by_name = {row["name"]: row for row in rows}
     for name in args.schedule or []:
-        row = rows[name]
+        row = by_name[name]
         print(f"{name} makes prefill {row['times_as_fast']:.1f} times as fast, "
-              f"{row['share_of_promise']:.2f} of what the FLOPs promise.")
+              f"{row['share_of_flops_ratio']:.2f} of what the FLOPs promise.")
     by_layer = {}
     for name, schedule in schedules.items():
         if schedule and not args.schedule:
-            by_layer.setdefault(schedule[0][0], []).append(rows[name])
+            by_layer.setdefault(schedule[0][0], []).append(by_name[name])
     for layer, (nothing, *pruned) in by_layer.items():
         print(f"Pruning {args.ratio:.0%} at layer {layer} makes prefill "
               f"{extremes(pruned, 'times_as_fast', 1)} times as fast, "
-              f"{extremes(pruned, 'share_of_promise', 2)} of what the FLOPs promise; dropping "
+              f"{extremes(pruned, 'share_of_flops_ratio', 2)} of what the FLOPs promise; dropping "
               f"everything makes it {nothing['times_as_fast']:.1f} times as fast.")
 
 
@@ -161,12 +163,12 @@ def extremes(rows: list[dict], key: str, digits: int) -> str:
     return " to ".join(f"{row[key]:.{digits}f} ({row['name'].split()[0]})" for row in ends)
 
 
-# ---- comparisons that run other programs ---------------------------------------------------------
+# ---- comparisons with other ways to do the same --------------------------------------------------
 
 def sweep_against_cells(table: Table, setting: Setting):
     """All layers, all methods, 90 % on the built-in model: one pass a question against each cell on
     its own; the answers have to be the same."""
-    import eval as evaluation
+    import eval as evaluation                           # a program: nothing else needs it here
     flags = ["--layer", "all", "--ratio", "0.9", "--seeds", "1"]
     if setting.small:
         flags = ["--layer", "20", "--method", ",".join(TIMED), "--seeds", "1"]
@@ -183,7 +185,7 @@ def sweep_against_cells(table: Table, setting: Setting):
     alone = 0.0
     same = []
     for question in questions:
-        image = runs.read_image(question.image)
+        image = read_image(question.image)
 
         def answers(cells):
             stream = model.begin(image, question.prompt)
@@ -213,13 +215,16 @@ def information_against_naive(table: Table, setting: Setting):
     ours, official = information_flops(shape, (35, 30), (24, 24), list(range(1, 32)))
     table.add("information of 31 layers at LLaVA-1.5-7B's shape: times fewer FLOPs than officially",
               official / ours, 20)
+    single, official = information_flops(shape, (35, 30), (24, 24), list(range(1, 32)), window=1)
+    table.add("the same of single tokens: times the FLOPs of windows", single / ours)
+    table.add("the same of single tokens: times fewer FLOPs than officially", official / single)
     model = load_model(TINY / "llava", setting.device, torch.float32)
     question = load_benchmark("textvqa", TINY)[0]
-    stream = model.begin(runs.read_image(question.image), question.prompt)
+    stream = model.begin(read_image(question.image), question.prompt)
     layers = [20] if setting.small else list(range(1, model.num_layers))
-    calls = {"ours": lambda: token_information(model, stream, question.gold, layers),
-             "naive": lambda: naive_information(model, stream, question.gold, layers)}
-    ms = in_turns(calls, min(setting.rounds, 3), setting.device)
+    calls = {"ours": lambda: token_information(model, stream, question.gold_normalised, layers),
+             "naive": lambda: naive_information(model, stream, question.gold_normalised, layers)}
+    ms = time_in_turns(calls, min(setting.rounds, 3), setting.device)
     table.add("information on the built-in model: times as fast as the naive loop",
               ms["naive"]["median"] / ms["ours"]["median"], 10,
               note=f"{span(ms['ours'])} against {span(ms['naive'])} ms")
@@ -229,7 +234,8 @@ def information_against_naive(table: Table, setting: Setting):
 
 
 def naive_information(model, stream, answer: str, layers: list[int]) -> torch.Tensor:
-    """(layers, windows), by its definition: the whole prompt for each layer and each window."""
+    """(layers, windows): runs the whole prompt for each layer and window, as the definition says.
+    """
     token = model.answer_ids(answer)[0]
     nothing = torch.zeros(0, dtype=torch.long)
     values = []
@@ -242,8 +248,8 @@ def naive_information(model, stream, answer: str, layers: list[int]) -> torch.Te
 
 
 def whole_models(table: Table, setting: Setting):
-    """On a CUDA device: shares of its matrix rate and bandwidth, each method at layers 2 and 20, a
-    run, information; and whether the CPU computes the same."""
+    """On a CUDA device: each method at layers 2 and 20 as a share of the device's rates, questions
+    a second, information; and the difference from the CPU."""
     if setting.device.type != "cuda" and not setting.small:
         report.print_row(["on CUDA", "not measured", "", "no CUDA device"])
         return
@@ -254,8 +260,8 @@ def whole_models(table: Table, setting: Setting):
         model = load_model(path, setting.device, torch.bfloat16)
         image = made_up.image_for(model, setting.side)
         schedules = {"unpruned": ()}
-        for layer in (2, 20):
-            for method in TIMED if layer < depth else []:
+        for layer in [layer for layer in (2, 20) if layer < depth]:
+            for method in TIMED:
                 schedules[f"{method} at layer {layer}"] = ((layer, method, 0.9),)
         found = measure(model, image, made_up.QUESTION, schedules, setting.rounds)
         comparisons.shares_of_rates(table, kind, model, found, setting)
@@ -293,7 +299,7 @@ def main(argv: list[str]):
 def time_model(args):
     """The model at hand under each schedule: a table, and what it means."""
     schedules = schedules_of(args, runs.num_layers(args))
-    image = runs.read_image(args.image or PICTURE)
+    image = read_image(args.image or PICTURE)
     model = runs.load_model(args)
     out = runs.open_folder(args, runs.settings_of(args, model, {}))
     device = next(model.parameters()).device
@@ -320,8 +326,9 @@ def compare(args):
     report.print_heads(["what", "value", "aim", "note"])
     for part in args.parts:
         with tempfile.TemporaryDirectory() as folder:
-            PARTS[part](table, Setting(device, args.made_up_layers, args.rounds, args.smoke,
-                                       Path(folder), out / "growth.png"))
+            PARTS[part](table, Setting(device, layers=args.made_up_layers, rounds=args.rounds,
+                                       small=args.smoke, folder=Path(folder),
+                                       picture=out / "growth.png"))
     aims = [row for row in table.rows if row["held"] is not None]
     missed = [row["what"] for row in aims if not row["held"]]
     if aims:
@@ -338,7 +345,8 @@ def parse_arguments(argv: list[str]):
     group = p.add_argument_group("the model at hand")
     group.add_argument("--method", metavar="NAMES",
                        help=f"comma-separated, of {', '.join(TIMED)} (default: all)")
-    group.add_argument("--layer", help="tokens leave at its input: 20, or 2,10,20 (default: 2)")
+    group.add_argument("--layer",
+                       help="tokens leave at its input: 20, or 2,10,20, or all (default: 2)")
     group.add_argument("--ratio", type=runs.share,
                        help="fraction of the visual tokens removed (default: 0.9)")
     group.add_argument("--schedule", action="append", metavar="S",
@@ -372,7 +380,8 @@ def parse_arguments(argv: list[str]):
 
 
 def check_parts(args, p):
-    """The names of --parts, and that no flag is given that would be ignored."""
+    """Splits --parts into names. Raises InputError for an unknown one, and for a flag that would be
+    ignored."""
     if args.parts is None:
         unused = ["made_up_layers"]
     else:

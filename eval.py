@@ -2,7 +2,7 @@
 
     python eval.py --layer 20 --ratio 0.9                  every method, on the built-in model
     python eval.py --layer all --ratio 0.9 --plot c.png    score against layer, a method a line
-    python eval.py --schedule "dart@2=252 random@20=38"    a method, then random past the horizon
+    python eval.py --schedule "dart@2=20 random@22=4"      a method, then random past the horizon
     torchrun --nproc-per-node 8 eval.py ...                the same results, faster
 
 In this order: the loop over questions, scores, what the flags ask for, the program.
@@ -19,12 +19,13 @@ from information import MEASURES, calibrate
 from support import report, runs
 from support.answers import score_answers
 from support.benchmarks import TOTALS, Question, images_of, paths_under, score
+from support.files import read_image
 from support.pictures import plot
 from support.records import RANK, collect
 from support.statistics import paired_difference, standard_error
 from support.timing import now
-from tokprune import (METHODS, ORACLES, InputError, Stream, at_budget, check_method, count, flops,
-                      format_schedule, parse_schedule, prune, visual_tokens)
+from tokprune import (METHODS, ORACLES, InputError, Stream, at_budget, check_method, flops,
+                      format_schedule, number_kept, parse_schedule, prune, visual_tokens)
 
 
 # ---- the loop over questions ---------------------------------------------------------------------
@@ -32,7 +33,7 @@ from tokprune import (METHODS, ORACLES, InputError, Stream, at_budget, check_met
 @dataclass(frozen=True)
 class Cell:
     """A schedule, run with one seed."""
-    row: str                        # the name of its row in the table
+    name: str                       # of its row in the table
     schedule: tuple                 # of (layer, method, amount); empty for the unpruned model
     seed: int = 0
     compared_with: tuple = ()       # another schedule, for the column "- first"
@@ -47,40 +48,40 @@ class Cell:
 
 def answer_cells(model, stream: Stream, question: Question, cells: list[Cell], args) -> dict:
     """The greedy answer of every cell, by its key, from the question's stream at layer 0."""
-    prefixes = shared_prefixes(model, stream, cells)
+    unpruned = unpruned_streams(model, stream, cells)
     info = measure_beforehand(model, stream, question, cells, args)
     answers = {}
     for batch in batches_of_equal_shape(cells, stream.N):
-        finished = prune_and_finish(model, prefixes, info, question, batch, args)
+        finished = prune_and_finish(model, unpruned, info, question, batch, args)
         answers |= decode_batch(model, finished, batch, args)
     return answers
 
 
-def shared_prefixes(model, stream: Stream, cells: list[Cell]) -> dict[int, Stream]:
+def unpruned_streams(model, stream: Stream, cells: list[Cell]) -> dict[int, Stream]:
     """The unpruned stream at each layer where a cell prunes, and past the last layer: it runs once,
     and the cells go on from there."""
     layers = {layer for cell in cells for layer, _, _ in cell.schedule}
     if any(not cell.schedule for cell in cells):
         layers.add(model.num_layers)
-    prefixes = {}
+    streams = {}
     for layer in sorted(layers):
         stream = model.run(stream, stop=layer)
-        prefixes[layer] = stream
-    return prefixes
+        streams[layer] = stream
+    return streams
 
 
 def measure_beforehand(model, stream: Stream, question: Question, cells: list[Cell],
                        args) -> dict[int, dict[str, Tensor]]:
-    """What oracles, and methods that need an unpruned pass first, know of the N visual tokens: by
-    the layer where they prune and by the method's name."""
+    """{layer: {method: values of the N visual tokens}}, for oracles and for methods that need an
+    unpruned pass first."""
     layers_of = {}
     for cell in cells:
         for layer, method, _ in cell.schedule:
-            if METHODS[method].info:
+            if METHODS[method].measure:
                 layers_of.setdefault(method, set()).add(layer)
     info = {}
     for method, layers in layers_of.items():
-        measure = MEASURES[METHODS[method].info]
+        measure = MEASURES[METHODS[method].measure]
         for layer, values in measure(model, stream, question, sorted(layers), args).items():
             info.setdefault(layer, {})[method] = values
     return info
@@ -90,21 +91,21 @@ def batches_of_equal_shape(cells: list[Cell], N: int) -> list[list[Cell]]:
     """Cells that keep equally many tokens at the same layers are variants of one batch."""
     batches = {}
     for cell in cells:
-        shape = tuple((layer, count(amount, N)) for layer, _, amount in cell.schedule)
+        shape = tuple((layer, number_kept(amount, N)) for layer, _, amount in cell.schedule)
         batches.setdefault(shape, []).append(cell)
     return list(batches.values())
 
 
-def prune_and_finish(model, prefixes: dict, info: dict, question: Question, batch: list[Cell],
+def prune_and_finish(model, unpruned: dict, info: dict, question: Question, batch: list[Cell],
                      args) -> Stream:
     """The cells of a batch as variants: each prunes by its own methods, and all layers run."""
     schedule = batch[0].schedule                        # layers and counts are the same in all
     seeds = [cell.seed + question.seed for cell in batch]
-    stream = prefixes[schedule[0][0] if schedule else model.num_layers]
+    stream = unpruned[schedule[0][0] if schedule else model.num_layers]
     for stage, (layer, _, amount) in enumerate(schedule):
-        stream = model.run(stream, stop=layer)          # at the first stage it is there already
+        stream = model.run(stream, stop=layer)          # no layer to run at the first stage
         methods = [cell.schedule[stage][1] for cell in batch]
-        n = count(amount, stream.N)
+        n = number_kept(amount, stream.N)
         stream = prune(model, stream, methods, n, seeds, info.get(layer), args.positions)
     return model.run(stream)
 
@@ -116,12 +117,12 @@ def decode_batch(model, stream: Stream, batch: list[Cell], args) -> dict[str, st
 
 def evaluate(model, benchmark: str, questions: list[Question], cells: list[Cell], args,
              out: Path) -> list[dict]:
-    """The record of every question: answers, what the metric reads in them, scores, visual tokens
-    as [layer, how many from there on], text rows, milliseconds. None where memory ran out."""
+    """The record of every question, None where memory ran out. "parsed" is what the metric reads in
+    an answer; "visual_tokens" is what `steps` returns."""
     device = next(model.parameters()).device
 
     def prepare(question):
-        return model.preprocess(runs.read_image(question.image))
+        return model.preprocess(read_image(question.image))
 
     def work(question, image):
         began = now(device)
@@ -131,7 +132,7 @@ def evaluate(model, benchmark: str, questions: list[Question], cells: list[Cell]
         read = {key: score(answer, question) for key, answer in answers.items()}
         return {"prompt": runs.short_hash([question.prompt]), "answers": answers,
                 "parsed": {key: parsed for key, (parsed, _) in read.items()},
-                "scores": {key: points for key, (_, points) in read.items()},
+                "scores": {key: value for key, (_, value) in read.items()},
                 "visual_tokens": {cell.key: steps(cell.schedule, stream.N, model.num_layers)
                                   for cell in cells},
                 "text_rows": stream.x.shape[1] - stream.N, "ms": ms}
@@ -156,16 +157,16 @@ def summarise(model, benchmark: str, questions: list[Question], records: list,
     FLOPs, counts of odd answers. A question whose record is None scores 0."""
     image = images_of(questions)
     answered = [record for record in records if record]
-    seeds = {}                                          # by the schedule as text, for 0 == 0.0
+    groups = {}                     # by the schedule's text: as tuples, keep 0 equals remove 0.0
     for cell in cells:
-        seeds.setdefault(format_schedule(cell.schedule), []).append(cell)
+        groups.setdefault(format_schedule(cell.schedule), []).append(cell)
     scores = {}
-    for schedule, group in seeds.items():
-        scores[schedule] = [[points(record, cell) for record in records] for cell in group]
+    for schedule, group in groups.items():
+        scores[schedule] = [[score_in(record, cell) for record in records] for cell in group]
     means = {schedule: 100 * np.mean(of_seeds, 0) for schedule, of_seeds in scores.items()}
     rows = []
-    for schedule, group in seeds.items():
-        row = {"method": group[0].row, "schedule": schedule,
+    for schedule, group in groups.items():
+        row = {"method": group[0].name, "schedule": schedule,
                "layer": group[0].schedule[0][0] if schedule else None,
                "score": float(means[schedule].mean()), "seeds": len(group),
                "standard_error": standard_error(means[schedule], image)}
@@ -177,7 +178,7 @@ def summarise(model, benchmark: str, questions: list[Question], records: list,
     return rows
 
 
-def points(record: dict | None, cell: Cell) -> float:
+def score_in(record: dict | None, cell: Cell) -> float:
     return record["scores"][cell.key] if record else 0.0
 
 
@@ -190,7 +191,8 @@ def differences(cell: Cell, means: dict[str, np.ndarray], image: np.ndarray) -> 
         if other not in means or other == own:
             return None
         return paired_difference(means[own], means[other], image)
-    others = {name: format_schedule(with_method(cell.schedule, name)) for name in METHODS}
+    others = {name: format_schedule(with_method(cell.schedule, name))
+              for name in ("random", *ORACLES)}
     minus_oracles = {name: minus(others[name]) for name in ORACLES}
     minus_none = None
     if len(cell.schedule) == 1:
@@ -210,7 +212,7 @@ def with_method(schedule: tuple, method: str) -> tuple:
 
 
 def drop_all(layer: int) -> tuple:
-    """The schedule that keeps nothing from that layer on. Any method keeps nothing alike."""
+    """The schedule that keeps nothing from that layer on. The method does not matter."""
     return ((layer, "random", 0),)
 
 
@@ -237,8 +239,8 @@ def totals(benchmark: str, questions: list[Question], of_seeds: list[list[float]
     each = [TOTALS[benchmark](questions, np.array(scores)) for scores in of_seeds]
     means = {}
     for name, value in each[0].items():
-        known = isinstance(value, (int, float)) and not isinstance(value, bool)
-        means[name] = float(np.mean([run[name] for run in each])) if known else value
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        means[name] = float(np.mean([run[name] for run in each])) if is_number else value
     return means
 
 
@@ -258,10 +260,10 @@ def odd_answers(group: list[Cell], records: list) -> dict:
 def parse_arguments(argv: list[str]):
     p = runs.Parser("eval.py", "Scores of a vision-language model with its visual tokens pruned.")
     group = p.add_argument_group("pruning")
-    group.add_argument("--method", metavar="NAMES", help="default: all, "
-                       f"{', '.join(METHODS)}")
-    group.add_argument("--layer", help="tokens leave at its input: 20, or 2,10,20, or all, or "
-                       "horizon, the measured one (default: 20)")
+    group.add_argument("--method", metavar="NAMES", help=f"of {', '.join(METHODS)} (default: all; "
+                       "with --budget: dart,divprune)")
+    group.add_argument("--layer", help="tokens leave at its input: 20; 2,10,20; all; or horizon, "
+                       "as measured (default: 20; with --budget: horizon)")
     group.add_argument("--ratio", type=runs.share,
                        help="fraction of the visual tokens removed, 0 to 1 (default: 0.9)")
     group.add_argument("--schedule", action="append", metavar="S", help="instead of these three: "
@@ -324,8 +326,9 @@ def parse_cells(args, L: int, horizon_layer: int = 0, N: int = 576) -> list[Cell
 def is_drawn(schedule: tuple) -> bool:
     """Whether its seed matters. Where all or none are kept, nothing is drawn."""
     for _, method, amount in schedule:
-        trivial = amount == 0 or (isinstance(amount, float) and amount == 1)
-        if METHODS[method].draws and not trivial:
+        keeps_one = amount == 1 and isinstance(amount, int)
+        keeps_none_or_all = amount in (0, 1) and not keeps_one              # =0, :0 or :1
+        if METHODS[method].draws and not keeps_none_or_all:
             return True
     return False
 
@@ -337,7 +340,7 @@ def rows_of_methods(args, L: int, horizon_layer: int) -> list[tuple]:
     for layer in runs.parse_layers(args.layer, L, horizon_layer):
         rows.append(("none", drop_all(layer), ()))
         for method in dict.fromkeys(["random", *(args.method or METHODS)]):
-            # "all" methods or layers are those that fit; a method and a layer both named must
+            # a method that cannot act at layer 0 is left out, unless both were asked for by name
             named = args.method and args.layer != "all"
             if layer == 0 and method in METHODS and METHODS[method].needs_layer and not named:
                 continue
@@ -364,8 +367,8 @@ def rows_of_schedules(args, horizon_layer: int) -> list[tuple]:
 
 
 def rows_of_budgets(args, L: int, horizon_layer: int, N: int) -> list[tuple]:
-    """Each method at each budget: alone, random in its place; with random and with nothing from the
-    horizon on, which are compared with the method alone."""
+    """Each method at each budget: alone; random in its place; followed by random, or by nothing,
+    from the horizon on. The last two are compared with the method alone, in column "- first"."""
     layers = runs.parse_layers(args.layer, L, horizon_layer)
     if len(layers) != 1:
         raise InputError(f"--budget: takes --layer, one or horizon, not {args.layer}")
@@ -430,13 +433,13 @@ def run_benchmark(model, benchmark: str, known: list[Question], args, out: Path,
         horizon_layer, questions, failed = calibrate(model, benchmark, known, args, out)
         result["horizon"][benchmark] = horizon_layer
         result["failed"] += failed
-    questions = runs.draw(questions, args.limit, args.seed)
+    questions = runs.sample(questions, args.limit, args.seed)
     N = 0
     if args.budget:
         first = questions[0]
-        N = model.begin(runs.read_image(first.image), first.prompt).N
+        N = model.begin(read_image(first.image), first.prompt).N
     cells = parse_cells(args, model.num_layers, horizon_layer, N)
-    prompt = report.print_head(benchmark, questions, known, runs.template(model))
+    prompt = report.print_asked(benchmark, questions, known, runs.template(model))
     records = evaluate(model, benchmark, questions, cells, args, out)
     rows = summarise(model, benchmark, questions, records, cells)
     for row in rows:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from support import report, runs, statistics
 from support.benchmarks import images_of, score
+from support.files import read_image
 from support.pictures import plot_information
 from support.records import RANK, collect
 from tokprune import KV, InputError, Stream, attention, flops, keep
@@ -49,8 +50,8 @@ def token_information(model, stream: Stream, answer: str, layers: list[int], win
     mode "keep-one", as the paper's code has it:    I(w, K) = P(y | only w) - P(y | none)
     mode "leave-one-out", as its abstract reads:    I(w, K) = P(y | all) - P(y | all but w)
     target "first", the paper's: y is the first token of the answer, at the last prompt row.
-    "answer", ours: the sum over the answer's tokens of P(y_t | y_<t), teacher-forced. "each": its
-    terms, in one more axis at the end.
+    "answer", ours: the sum over the answer's tokens of P(y_t | y_<t), teacher-forced. "each": the
+    same terms, not summed: (len(layers), rows, cols, tokens).
 
     All layers share one unpruned run. Rows before every removed token are not computed again: their
     keys and values come from it. Raises InputError.
@@ -109,17 +110,18 @@ def inputs_of_layers(model, stream: Stream, layers: list[int]) -> list[Stream]:
 
 def probabilities_left(model, streams: list[Stream], full: Stream, prefix: int, kept: Tensor,
                        ids: list[int], max_batch_tokens: int) -> Tensor:
-    """P(y_t), (layers, windows, tokens), where from the layer of each stream on only these visual
-    tokens are left: the first `prefix` and, of the others, kept (windows, n), counted from there.
+    """(layers, windows, tokens): P(y_t) where, from the layer of each stream on, the first `prefix`
+    visual tokens and those of `kept` are left. kept: (windows, n), counted from `prefix`.
     """
     _, V = full.visual
     rows = full.x.shape[1] - V + prefix + kept.shape[1]
     room = max(1, max_batch_tokens // rows)                     # variants in a batch
     values = torch.zeros(len(streams), len(kept), len(ids))
-    for layers, windows in batches(len(streams), len(kept), room):
-        ends = run_together(model, streams[layers], full, prefix, kept[windows])
+    for some_layers, some_windows in batches(len(streams), len(kept), room):
+        together = streams[some_layers]
+        ends = run_together(model, together, full, prefix, kept[some_windows])
         found = probabilities(model, ends, ids).cpu()
-        values[layers, windows] = found.unflatten(0, (len(streams[layers]), -1))
+        values[some_layers, some_windows] = found.unflatten(0, (len(together), -1))
     return values
 
 
@@ -136,8 +138,8 @@ def batches(layers: int, windows: int, room: int) -> list[tuple[slice, slice]]:
 
 
 def run_together(model, streams: list[Stream], full: Stream, prefix: int, kept: Tensor) -> Stream:
-    """Every window at every layer as variants of one batch, past the last layer, by layer and then
-    by window. A variant joins the batch at its own layer.
+    """Runs every window at every layer as one batch, to past the last layer. Variants are ordered
+    by layer, then by window; each joins the batch at its own layer.
 
     Streams at layers 3 and 5 and windows a and b: layers 3 and 4 run the batch [3a, 3b], layers 5
     and later run [3a, 3b, 5a, 5b].
@@ -171,7 +173,7 @@ def join(a: Stream, b: Stream) -> Stream:
 
 
 def probabilities(model, stream: Stream, ids: list[int]) -> Tensor:
-    """Of the answer's tokens, which end the stream but for the last: (B, tokens) float32."""
+    """(B, tokens) float32: P of each token of the answer. The stream ends with all but the last."""
     columns = []
     for t, token in enumerate(ids):
         logits = model.logits(stream, row=t - len(ids))
@@ -191,7 +193,8 @@ class Group:
 
 def groups_of_windows(grid: tuple[int, int], window: int, mode: str) -> list[Group]:
     """Keep-one computes the tokens of a window alone. Leave-one-out computes every token behind a
-    removed one; windows side by side begin at the first token of their rows, to be one batch."""
+    removed one. Windows side by side share the prefix that ends before their rows, so that they can
+    be one batch."""
     rows, cols = grid
     together = {}
     for number, tokens in enumerate(windows_of(grid, window)):
@@ -231,8 +234,9 @@ def per_token(values: Tensor, grid: tuple[int, int], window: int) -> Tensor:
 
 def information_flops(config, text: tuple[int, int], grid: tuple[int, int], layers: list[int],
                       window: int = 2, mode: str = "keep-one") -> tuple[int, int]:
-    """Prefill FLOPs of `token_information` for one question, and of the official procedure, which
-    runs the whole prompt through the whole model for each layer and window.
+    """Prefill FLOPs of `token_information` with target "first" for one question, and of the
+    official procedure, which runs the whole prompt through the whole model for each layer and
+    window.
 
     config: the text config. text: rows before and after the image.
     """
@@ -260,6 +264,7 @@ def information_flops(config, text: tuple[int, int], grid: tuple[int, int], laye
 
 # ---- what methods need beforehand ----------------------------------------------------------------
 # Each is measured on one question, from its stream at layer 0: {layer: values of the N tokens}.
+# args: window, max_batch_tokens, answers, max_new_tokens, repetition_penalty.
 
 def information_of_windows(model, stream: Stream, question, layers: list[int], args) -> dict:
     """(N,) for the paper's oracle: the first token of the answer, in windows."""
@@ -319,7 +324,7 @@ def answer_to_measure(model, stream: Stream, question, target: str, args) -> str
         if not question.answers:
             raise InputError(f"question {question.id}: the model's own answer is empty, and it has "
                              "no gold one; there is nothing to measure")
-    return question.gold if target == "first" else question.gold_answer
+    return question.gold_normalised if target == "first" else question.gold_written
 
 
 def own_answer(model, stream: Stream, args) -> str:
@@ -330,14 +335,14 @@ def own_answer(model, stream: Stream, args) -> str:
 
 # ---- the horizon ---------------------------------------------------------------------------------
 
-def horizon(curve, full: float, tolerance: float = 0.01) -> int:
+def horizon(curve, unpruned: float, tolerance: float = 0.01) -> int:
     """The first layer from which on dropping every visual token never costs more than `tolerance`
-    of the unpruned score `full`. The paper gives no rule; this one is ours.
+    of the unpruned score. The paper gives no rule; this one is ours.
 
     curve: the score with all dropped at the input of layer 0, 1, ... -> len(curve) if none.
     """
     layer = len(curve)
-    while layer > 0 and curve[layer - 1] >= full - tolerance * full:
+    while layer > 0 and curve[layer - 1] >= unpruned - tolerance * unpruned:
         layer -= 1
     return layer
 
@@ -396,7 +401,7 @@ def measure_horizon(model, benchmark: str, questions: list, args, out: Path, mea
     """The record of every question: answers and scores by the layer where everything is dropped,
     and the divergence; with measure(stream, question), whatever that returns, too."""
     def prepare(question):
-        return model.preprocess(runs.read_image(question.image))
+        return model.preprocess(read_image(question.image))
 
     def work(question, image):
         stream = model.begin(image, question.prompt)
@@ -422,7 +427,8 @@ def points(answer: str, question, unpruned: str) -> float:
 
 
 def horizons_of(questions: list, records: list[dict], args) -> dict:
-    """By both rules: {"score": {...}, "divergence": {...}}, each with layer, low, high, draws."""
+    """By both rules, {"score": {...}, "divergence": {...}}: what `horizon_interval` returns, "cost"
+    elsewhere, and the curve ("unpruned" and "scores", or "nats")."""
     image = images_of(questions)
     layers = [str(layer) for layer in range(len(records[0]["divergence"]))]
     scores = np.array([[record["scores"][key] for key in ["unpruned", *layers]]
@@ -434,9 +440,9 @@ def horizons_of(questions: list, records: list[dict], args) -> dict:
 
     def by_divergence(curve):
         return divergence_horizon(curve, args.threshold)
+    rules = {"score": (scores, by_score), "divergence": (divergence, by_divergence)}
     horizons = {}
-    for name, curves, rule in (("score", scores, by_score), ("divergence", divergence,
-                                                             by_divergence)):
+    for name, (curves, rule) in rules.items():
         horizons[name] = statistics.horizon_interval(curves, image, rule)
         horizons[name]["cost"] = None
         if len(questions) > 2 * args.calibrate:
@@ -449,9 +455,10 @@ def horizons_of(questions: list, records: list[dict], args) -> dict:
 
 
 def calibrate(model, benchmark: str, questions: list, args, out: Path) -> tuple[int, list, int]:
-    """The horizon on about --calibrate questions, drawn by --seed; the other questions; and on how
-    many memory ran out. Raises InputError if there is no horizon, or no other question."""
-    chosen = runs.draw(questions, args.calibrate, args.seed)
+    """The horizon on about --calibrate questions, drawn by --seed; the other questions; and how
+    many failed for want of memory. Raises InputError if there is no horizon, or no other question.
+    """
+    chosen = runs.sample(questions, args.calibrate, args.seed)
     images = {question.image for question in chosen}
     others = [question for question in questions if question.image not in images]
     if not others:
@@ -498,10 +505,11 @@ def main(argv: list[str]) -> int:
     examples = {}
     maps = {"layers": np.array(layers)}
     for benchmark, questions in data.items():
-        asked = runs.draw(questions, args.limit, args.seed)
-        prompt = report.print_head(benchmark, asked, questions, runs.template(model))
+        asked = runs.sample(questions, args.limit, args.seed)
+        prompt = report.print_asked(benchmark, asked, questions, runs.template(model))
         result["prompts"][benchmark] = prompt
-        found, examples[benchmark] = explain(model, benchmark, asked, layers, args, out, maps)
+        found, examples[benchmark] = measure_benchmark(model, benchmark, asked, layers, args, out,
+                                                       maps)
         result["benchmarks"][benchmark] = found
         result["failed"] += found["failed"]
     report.print_distance_of_horizons(result["benchmarks"])
@@ -518,25 +526,25 @@ def main(argv: list[str]) -> int:
     return result["failed"]
 
 
-def explain(model, benchmark: str, questions: list, layers: list[int], args, out: Path,
-            maps: dict) -> tuple[dict, tuple]:
+def measure_benchmark(model, benchmark: str, questions: list, layers: list[int], args, out: Path,
+                      maps: dict) -> tuple[dict, tuple]:
     """Information and horizons of a benchmark, printed: the part of result.json, and an example
     for the picture. The map of each question goes into maps."""
     def measure(stream, question):
         answer = answer_to_measure(model, stream, question, args.target, args)
         values = token_information(model, stream, answer, layers, args.window, args.mode,
                                    args.target, args.max_batch_tokens)
-        return {"information": encode(values.numpy())}
+        return {"information": to_json(values.numpy())}
     records = measure_horizon(model, benchmark, questions, args, out, measure)
     answered = [(q, record) for q, record in zip(questions, records) if record]
-    values = [decode(record["information"]) for _, record in answered]
+    values = [from_json(record["information"]) for _, record in answered]
     for (question, _), value in zip(answered, values):
         maps[f"{benchmark}/{question.id}"] = value
     asked, records = zip(*answered)
     rows = statistics.information_by_layer(values, images_of(asked), layers)
     horizons = horizons_of(asked, records, args)
     question = asked[0]
-    image = runs.read_image(question.image)
+    image = read_image(question.image)
     stream = model.begin(image, question.prompt)
     text = stream.visual[0], stream.x.shape[1] - stream.visual[0] - stream.N
     cost = information_flops(model.config.text, text, stream.grid, layers, args.window, args.mode)
@@ -567,7 +575,7 @@ def first_token_is_blank(model, question) -> bool:
     with a blank of its own, so that the first token of "2" and of "7" is the same."""
     if not question.answers:
         return False
-    return not model.tokenizer.decode(model.answer_ids(question.gold)[:1]).strip()
+    return not model.tokenizer.decode(model.answer_ids(question.gold_normalised)[:1]).strip()
 
 
 def save_maps(file: Path, maps: dict[str, np.ndarray]):
@@ -578,13 +586,13 @@ def save_maps(file: Path, maps: dict[str, np.ndarray]):
         raise InputError(f"{file}: cannot be written ({e.strerror}); want room for it")
 
 
-def encode(values: np.ndarray) -> dict:
+def to_json(values: np.ndarray) -> dict:
     """An array as JSON: a line of answers.jsonl holds it without loss."""
     data = base64.b64encode(values.astype("<f4").tobytes()).decode()
     return {"shape": list(values.shape), "float32": data}
 
 
-def decode(stored: dict) -> np.ndarray:
+def from_json(stored: dict) -> np.ndarray:
     data = base64.b64decode(stored["float32"])
     return np.frombuffer(data, "<f4").reshape(stored["shape"])
 

@@ -5,7 +5,7 @@ projector, image; then configuration and loading.
 take visual rows out of it. Everything here is the published model; pruning is not its business.
 
     B variants of one prompt   T rows   S rows with those in the cache   V visual tokens
-    C width   H heads   G key/value heads   D head width   L layers
+    C width   H heads   G key/value heads   D head width
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from support import checkpoint
 from support.files import read_json
@@ -52,11 +51,13 @@ class Llava(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)    # float32 in every dtype
 
     def preprocess(self, image: Image.Image, mode: str = "pad") -> Tensor:
-        """(3, S, S) float32. `pad`: LLaVA's own evaluation; `crop`: the published processor."""
+        """(3, side, side) float32. `pad`: LLaVA's own evaluation; `crop`: the published processor.
+        """
+        assert mode in ("pad", "crop"), f"mode is {mode!r}"
         return normalize(self.canvas(image, mode))
 
     def canvas(self, image: Image.Image, mode: str = "pad") -> Image.Image:
-        """The S x S image that the visual tokens tile."""
+        """The square image that the visual tokens tile."""
         size = self.config.vision.image_size
         image = pad_to_square(image) if mode == "pad" else on_white(image)
         return center_crop(resize_shortest_edge(image, size), size)
@@ -101,13 +102,13 @@ class Llava(nn.Module):
         x = stream.x
         queries = stream.queries
         cache = list(stream.cache)
-        rope = self.rope(stream.pos, x.dtype)
+        rope = self.cos_sin(stream.pos, x.dtype)
         for layer in range(stream.layer, stop):
-            queries = None                          # only the last layer's are used: let go of it
+            queries = None                          # only the last layer's are used: free these
             x, queries, cache[layer] = self.language_model.layers[layer](x, rope, cache[layer])
         return replace(stream, layer=stop, x=x, cache=cache, queries=queries)
 
-    def rope(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
         """Positions (B, T) -> cos and sin (B, 1, T, D), from angles in float32."""
         angles = pos[:, None, :, None].float() * self.inv_freq                  # (B, 1, T, D/2)
         return signed_cos_sin(angles, dtype)
@@ -134,7 +135,7 @@ class Llava(nn.Module):
         B = len(stream.x)
         answers = [[] for _ in range(B)]
         ended = [False] * B
-        seen = stream.ids.expand(B, -1)                         # (B, T at first and the answers)
+        seen = stream.ids.expand(B, -1)                         # (B, prompt and answers so far)
         for step in range(max_new_tokens):
             logits = self.logits(stream)
             repeated = logits.gather(1, seen)
@@ -160,7 +161,7 @@ class Llava(nn.Module):
         return replace(stream, layer=0, x=x, pos=pos, next_pos=next_pos, queries=None)
 
     def answer_ids(self, answer: str) -> list[int]:
-        """The tokens it would emit for that answer; "Yes" after "ASSISTANT:" is "▁Yes"."""
+        """The tokens the model would emit for that answer; "Yes" after "ASSISTANT:" is "▁Yes"."""
         return self.tokenizer.encode(answer, add_special_tokens=False).ids
 
 
@@ -185,7 +186,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, rope, past: KV | None = None):
         """-> x, this layer's queries (B, H, T, D), and the cache of all rows so far."""
         y, q, cache = self.self_attn(self.input_layernorm(x), rope, past)
-        y = x + y                                       # y again: attention's output is let go
+        y = x + y                                       # the same name: frees attention's output
         return y + self.mlp(self.post_attention_layernorm(y)), q, cache
 
 
@@ -209,7 +210,9 @@ class Attention(nn.Module):
         k = rotate(k, rope)
         cache = KV(k, v) if past is None else past.append(k, v)                 # (B, G, S, D)
         mask = None
-        if past is not None and T > 1:          # causal by row, never by position
+        if past is not None and T > 1:          # new rows are causal among themselves alone
+            # imported here: it takes as long as torch itself, and most runs need no mask
+            from torch.nn.attention.bias import causal_lower_right
             mask = causal_lower_right(T, cache.keys.shape[2])
         y = F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=mask,
                                            is_causal=past is None, enable_gqa=self.G != self.H)
@@ -229,7 +232,7 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """In float32, and the result rounded before the weight, as the original does."""
+    """Normalises in float32 and rounds before it multiplies by the weight, as the original does."""
 
     def __init__(self, C: int, eps: float):
         super().__init__()
@@ -241,7 +244,7 @@ class RMSNorm(nn.Module):
 
 
 def signed_cos_sin(angles: Tensor, dtype) -> tuple[Tensor, Tensor]:
-    """(..., D/2) -> cos and sin (..., D) for `rotate`; sin has the minus of the first half."""
+    """(..., D/2) -> cos and sin (..., D) for `rotate`; the first half of sin is negated."""
     cos = angles.cos()
     sin = angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
@@ -266,8 +269,8 @@ class VisionTower(nn.Module):
         self.encoder.layers = nn.ModuleList(VisionBlock(c) for _ in range(blocks))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        """(B, 3, S, S) -> patch features (B, V, width), and a function that returns (B, V) float32:
-        how much CLS attends to each patch in the last block, mean over heads."""
+        """(B, 3, side, side) -> patch features (B, V, width), and a function that returns (B, V)
+        float32: how much CLS attends to each patch in the last block, mean over heads."""
         x = self.pre_layrnorm(self.embeddings(pixels))                          # (B, 1+V, width)
         for block in self.encoder.layers:
             x, q, k = block(x)
@@ -301,6 +304,7 @@ class VisionBlock(nn.Module):
         self.mlp = VisionMLP(c)
 
     def forward(self, x: Tensor):
+        """-> x, and queries and keys (B, H, 1+V, D)."""
         y, q, k = self.self_attn(self.layer_norm1(x))
         y = x + y
         return y + self.mlp(self.layer_norm2(y)), q, k
@@ -367,9 +371,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def resize_shortest_edge(image: Image.Image, size: int) -> Image.Image:
-    short = min(image.size)
-    long = max(image.size)
-    long = int(size * long / short)
+    long = int(size * max(image.size) / min(image.size))
     shape = (size, long) if image.width <= image.height else (long, size)
     return image.resize(shape, Image.BICUBIC)
 
@@ -446,8 +448,7 @@ def read_config(path: Path) -> Config:
         raise InputError(f"{path}: original LLaVA layout (its own key names, no vision tower "
                          "inside); want the converted folder, e.g. llava-hf/llava-1.5-7b-hf")
     if raw.get("model_type") != "llava":
-        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, want "
-                         "'llava'")
+        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, want 'llava'")
     raw = {key: value for key, value in raw.items() if value is not None}       # null is left out
     text = checkpoint.section(raw, "text_config", file)
     vision = checkpoint.section(raw, "vision_config", file)

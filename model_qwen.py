@@ -5,7 +5,7 @@ tower and merger, image; then configuration and loading.
 take visual rows out of it. Everything here is the published model; pruning is not its business.
 
     B variants of one prompt   T rows   S rows with those in the cache   V visual tokens   P patches
-    C width   H heads   G key/value heads   D head width   L layers
+    C width   H heads   G key/value heads   D head width
 """
 import math
 from dataclasses import dataclass, replace
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from support import checkpoint
 from support.files import read_json
@@ -104,13 +103,13 @@ class Qwen(nn.Module):
         x = stream.x
         queries = stream.queries
         cache = list(stream.cache)
-        rope = self.rope(stream.pos, x.dtype)
+        rope = self.cos_sin(stream.pos, x.dtype)
         for layer in range(stream.layer, stop):
-            queries = None                          # only the last layer's are used: let go of it
+            queries = None                          # only the last layer's are used: free these
             x, queries, cache[layer] = self.model.layers[layer](x, rope, cache[layer])
         return replace(stream, layer=stop, x=x, cache=cache, queries=queries)
 
-    def rope(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
         """M-RoPE: positions (3, B, T) -> cos and sin (B, 1, T, D).
 
         The first frequencies turn with t, the next with the row, the last with the column; a text
@@ -119,7 +118,7 @@ class Qwen(nn.Module):
         angles = pos[..., None].float() * self.inv_freq                         # (3, B, T, D/2)
         parts = angles.split(list(self.config.text.mrope_section), -1)
         angles = torch.cat([part[axis] for axis, part in enumerate(parts)], -1)
-        return signed_cos_sin(angles[:, None], dtype)                           # (B, 1, T, D/2)
+        return signed_cos_sin(angles[:, None], dtype)                           # (B, 1, T, D)
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.model.norm(x)
@@ -144,7 +143,7 @@ class Qwen(nn.Module):
         B = len(stream.x)
         answers = [[] for _ in range(B)]
         ended = [False] * B
-        seen = stream.ids.expand(B, -1)                         # (B, T at first and the answers)
+        seen = stream.ids.expand(B, -1)                         # (B, prompt and answers so far)
         for step in range(max_new_tokens):
             logits = self.logits(stream)
             repeated = logits.gather(1, seen)
@@ -170,7 +169,8 @@ class Qwen(nn.Module):
         return replace(stream, layer=0, x=x, pos=pos, next_pos=next_pos, queries=None)
 
     def answer_ids(self, answer: str) -> list[int]:
-        """The tokens it would emit for that answer, which begins a line: no blank before it."""
+        """The tokens the model would emit for that answer, which begins a line: no blank before it.
+        """
         return self.tokenizer.encode(answer).ids
 
 
@@ -213,7 +213,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, rope, past: KV | None = None):
         """-> x, this layer's queries (B, H, T, D), and the cache of all rows so far."""
         y, q, cache = self.self_attn(self.input_layernorm(x), rope, past)
-        y = x + y                                       # y again: attention's output is let go
+        y = x + y                                       # the same name: frees attention's output
         return y + self.mlp(self.post_attention_layernorm(y)), q, cache
 
 
@@ -237,7 +237,9 @@ class Attention(nn.Module):
         k = rotate(k, rope)
         cache = KV(k, v) if past is None else past.append(k, v)                 # (B, G, S, D)
         mask = None
-        if past is not None and T > 1:          # causal by row, never by position
+        if past is not None and T > 1:          # new rows are causal among themselves alone
+            # imported here: it takes as long as torch itself, and most runs need no mask
+            from torch.nn.attention.bias import causal_lower_right
             mask = causal_lower_right(T, cache.keys.shape[2])
         y = F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=mask,
                                            is_causal=past is None, enable_gqa=self.G != self.H)
@@ -259,7 +261,7 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """In float32, and the result rounded before the weight, as the original does."""
+    """Normalises in float32 and rounds before it multiplies by the weight, as the original does."""
 
     def __init__(self, C: int, eps: float):
         super().__init__()
@@ -271,7 +273,7 @@ class RMSNorm(nn.Module):
 
 
 def signed_cos_sin(angles: Tensor, dtype) -> tuple[Tensor, Tensor]:
-    """(..., D/2) -> cos and sin (..., D) for `rotate`; sin has the minus of the first half."""
+    """(..., D/2) -> cos and sin (..., D) for `rotate`; the first half of sin is negated."""
     cos = angles.cos()
     sin = angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
@@ -290,8 +292,8 @@ class VisionTower(nn.Module):
     positions: rotary in row and column.
 
     Patches come token by token in raster order, the 2x2 patches of a token together. The original
-    sorts them by window, and the tokens back after the merger; here a window is a set of indices,
-    and nothing moves.
+    sorts patches by window, and sorts the tokens back after the merger. Here a window is a set of
+    indices.
     """
 
     def __init__(self, c: "VisionConfig"):
@@ -305,13 +307,13 @@ class VisionTower(nn.Module):
         self.merger = Merger(c)
 
     def forward(self, pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Callable]:
-        """(B, P, 1176) -> token features (B, V, C), and a function that returns (B, V) float32: how
-        much the whole image attends to each token in the last block of full attention. That is
-        costly, and few methods ask for it."""
+        """(B, P, 3 * 2 * 14 * 14) -> token features (B, V, C), and a function that returns (B, V)
+        float32: how much the whole image attends to each token in the last block of full attention.
+        The function is costly, and few methods call it."""
         m = self.c.spatial_merge_size
         side = self.c.window_size // self.c.patch_size // m             # of a window, in tokens
         window = windows(grid, side, m * m, pixels.device)
-        rope = self.rope(grid, pixels.device)
+        rope = self.cos_sin(grid, pixels.device)
         full_blocks = self.c.fullatt_block_indexes
         x = F.linear(pixels, self.patch_embed.proj.weight.flatten(1))   # (B, P, width)
         for i, block in enumerate(self.blocks):
@@ -323,7 +325,7 @@ class VisionTower(nn.Module):
             return column_mean(*last).unflatten(1, (-1, m * m)).mean(2)
         return self.merger(x), saliency
 
-    def rope(self, grid: tuple[int, int], device) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, grid: tuple[int, int], device) -> tuple[Tensor, Tensor]:
         """cos and sin (P, D) float32: half of the frequencies turn with a patch's row, half with
         its column."""
         D = self.c.hidden_size // self.c.num_heads
@@ -333,7 +335,7 @@ class VisionTower(nn.Module):
         y, x = torch.meshgrid(rows, cols, indexing="ij")
         inv_freq = 1e4 ** -(torch.arange(0, D // 2, 2, device=device).float() / (D // 2))
         angles = torch.cat([by_token(place[..., None], m) * inv_freq for place in (y, x)], -1)
-        return signed_cos_sin(angles, torch.float32)                    # (P, D/2)
+        return signed_cos_sin(angles, torch.float32)                    # (P, D)
 
 
 def by_token(x: Tensor, m: int) -> Tensor:
@@ -343,10 +345,11 @@ def by_token(x: Tensor, m: int) -> Tensor:
 
 
 def windows(grid: tuple[int, int], side: int, patches: int, device) -> tuple:
-    """Which patches share a window of side x side tokens, with so many patches to a token.
+    """Which of the P patches share a window of side x side tokens. patches: how many a token has.
 
-    -> index (W, K) of the patches in each window; place (P,) of each patch among these W * K; mask
-    (W, 1, K), False where a window at the right or bottom edge has no patch, None if all are whole.
+    W windows of K patches -> index (W, K) of the patches in each window; place (P,) of each patch
+    among these W * K; mask (W, 1, K), False where a window at the right or bottom edge has no
+    patch, None if all are whole.
     """
     rows, cols = grid
     y = torch.arange(-(-rows // side) * side, device=device)[:, None]
@@ -394,8 +397,8 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(c.hidden_size, c.hidden_size)
 
     def forward(self, x: Tensor, rope, window=None):
-        """Among all patches or, given windows, within each -> y and, of all patches, queries and
-        keys (B, H, P, D)."""
+        """Attention over all patches or, given windows, within each. -> y, and queries and keys
+        (B, H, P, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.H, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, H, P, D) each
         q = rotate(q.float(), rope).to(v.dtype)
@@ -404,9 +407,11 @@ class VisionAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v)
         else:
             index, place, mask = window
-            q_in, k_in, v_in = (t[:, :, index].flatten(0, 1) for t in (q, k, v))
+            q_in = q[:, :, index].flatten(0, 1)                         # (B*H, W, K, D)
+            k_in = k[:, :, index].flatten(0, 1)
+            v_in = v[:, :, index].flatten(0, 1)
             y = F.scaled_dot_product_attention(q_in, k_in, v_in, attn_mask=mask)
-            y = y.flatten(1, 2).unflatten(0, q.shape[:2])[:, :, place]  # from (B*H, W, K, D)
+            y = y.flatten(1, 2).unflatten(0, q.shape[:2])[:, :, place]  # (B, H, P, D)
         return self.proj(y.transpose(1, 2).flatten(2)), q, k
 
 
@@ -476,12 +481,13 @@ def patchify(x: Tensor, patch: int, m: int, frames: int) -> tuple[Tensor, tuple[
 
 # ---- configuration -------------------------------------------------------------------------------
 
-PIXELS = (56 * 56, 16384 * 28 * 28)     # bounds of a resized image where the checkpoint has none
+PIXEL_BOUNDS = (56 * 56, 16384 * 28 * 28)       # of a resized image where the checkpoint has none
 
 
 @dataclass
 class TextConfig:
-    """What differs within the family has no default: transformers' own are those of the 72B."""
+    """What differs within the family has no default, or one that is refused: transformers' defaults
+    are those of the 72B."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -520,8 +526,8 @@ class Config:
     vision: VisionConfig
     image_token: int = 151655
     tie_word_embeddings: bool = False
-    min_pixels: int = PIXELS[0]
-    max_pixels: int = PIXELS[1]
+    min_pixels: int = PIXEL_BOUNDS[0]
+    max_pixels: int = PIXEL_BOUNDS[1]
 
     @property
     def factor(self) -> int:
@@ -535,8 +541,7 @@ def read_config(path: Path) -> Config:
     file = path / "config.json"
     raw = read_json(file)
     if raw.get("model_type") != "qwen2_5_vl":
-        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, want "
-                         "'qwen2_5_vl'")
+        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, want 'qwen2_5_vl'")
     text = checkpoint.section(raw, "text_config", file) or raw      # published: at the root
     old_rope = checkpoint.section(text, "rope_scaling", file)       # transformers 4
     new_rope = checkpoint.section(text, "rope_parameters", file)    # transformers 5
@@ -545,7 +550,7 @@ def read_config(path: Path) -> Config:
             if name in rope:
                 text = text | {name: rope[name]}
     vision = checkpoint.section(raw, "vision_config", file)
-    min_pixels, max_pixels = checkpoint.read_bounds(path, PIXELS)
+    min_pixels, max_pixels = checkpoint.read_bounds(path, PIXEL_BOUNDS)
     config = Config(text=checkpoint.fill(TextConfig, text, path),
                     vision=checkpoint.fill(VisionConfig, vision, path),
                     image_token=raw.get("image_token_id") or 151655,
@@ -601,8 +606,10 @@ def load(path, device=None, dtype=None, min_pixels: int | None = None,
     checkpoint.check_folder(path)
     device, dtype = checkpoint.device_and_dtype(device, dtype)
     config = read_config(path)
-    config.min_pixels = min_pixels or config.min_pixels
-    config.max_pixels = max_pixels or config.max_pixels
+    if min_pixels is not None:
+        config.min_pixels = min_pixels
+    if max_pixels is not None:
+        config.max_pixels = max_pixels
     if config.min_pixels > config.max_pixels:
         raise InputError(f"min_pixels is {config.min_pixels}, max_pixels {config.max_pixels}; want "
                          "min_pixels <= max_pixels")

@@ -4,12 +4,13 @@ mergers, image; then configuration and loading.
 `Qwen3.run` moves a Stream forward by layers and stops wherever it is asked to, so that tokprune can
 take visual rows out of it. Everything here is the published model; pruning is not its business.
 
-DeepStack: beside the visual tokens the tower returns several planes, with a row for each token.
+DeepStack: beside the visual tokens the tower returns features of earlier blocks, here called
+planes, with a row for each token.
 Plane i is added to the visual rows right after decoder layer i, so it is part of x at the input of
 layer i + 1. A visual row that leaves before then takes its row of the plane with it.
 
     B variants of one prompt   T rows   S rows with those in the cache   V visual tokens   P patches
-    N visual tokens at first   C width   H heads   G key/value heads   D head width   L layers
+    N visual tokens at first   C width   H heads   G key/value heads   D head width
 """
 import math
 from dataclasses import dataclass, replace
@@ -22,7 +23,6 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from support import checkpoint
 from support.files import read_json
@@ -39,7 +39,7 @@ STD = 0.5
 
 class Qwen3(nn.Module):
     """Qwen3-VL, dense (arXiv 2511.21631). Parameters carry the names of the published checkpoint,
-    less the "model." before "visual." and "language_model."."""
+    but for "visual." (there "model.visual.") and "model." (there "model.language_model.")."""
 
     def __init__(self, config: "Config", tokenizer: Tokenizer, eos: set[int]):
         super().__init__()
@@ -110,20 +110,20 @@ class Qwen3(nn.Module):
         x = stream.x
         queries = stream.queries
         cache = list(stream.cache)
-        rope = self.rope(stream.pos, x.dtype)
+        rope = self.cos_sin(stream.pos, x.dtype)
         for layer in range(stream.layer, stop):
-            queries = None                          # only the last layer's are used: let go of it
+            queries = None                          # only the last layer's are used: free these
             x, queries, cache[layer] = self.model.layers[layer](x, rope, cache[layer])
             if layer < len(stream.planes):
                 x = add_to_visual(x, stream.planes[layer], stream.visual, stream.origin)
         return replace(stream, layer=stop, x=x, cache=cache, queries=queries)
 
-    def rope(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
         """Interleaved M-RoPE: positions (3, B, T) -> cos and sin (B, 1, T, D).
 
-        Of the frequencies 0, 1, 2, ... number 1, 4, 7, ... turn with the row and 2, 5, 8, ... with
-        the column, as many as mrope_section says; all others turn with t. A text token has all
-        three alike, which is the ordinary rotary embedding.
+        Frequencies 1, 4, 7, ... turn with the row and 2, 5, 8, ... with the column, as many as
+        mrope_section says. The others turn with t. A text token has all three alike, which is the
+        ordinary rotary embedding.
         """
         _, rows, cols = self.config.text.mrope_section
         by_row = slice(1, 3 * rows, 3)
@@ -156,7 +156,7 @@ class Qwen3(nn.Module):
         B = len(stream.x)
         answers = [[] for _ in range(B)]
         ended = [False] * B
-        seen = stream.ids.expand(B, -1)                         # (B, T at first and the answers)
+        seen = stream.ids.expand(B, -1)                         # (B, prompt and answers so far)
         for step in range(max_new_tokens):
             logits = self.logits(stream)
             repeated = logits.gather(1, seen)
@@ -183,13 +183,14 @@ class Qwen3(nn.Module):
         return replace(stream, layer=0, x=x, pos=pos, next_pos=next_pos, queries=None, planes=())
 
     def answer_ids(self, answer: str) -> list[int]:
-        """The tokens it would emit for that answer, which begins a line: no blank before it."""
+        """The tokens the model would emit for that answer, which begins a line: no blank before it.
+        """
         return self.tokenizer.encode(answer).ids
 
 
 def add_to_visual(x: Tensor, plane: Tensor, visual: tuple[int, int], origin: Tensor) -> Tensor:
-    """x (B, T, C) with the plane (N, C) added to its visual rows. Each gets the plane's row of the
-    same token: origin says which of the N tokens a visual row is."""
+    """x (B, T, C) with the plane (N, C) added to its visual rows. Visual row i is token
+    origin[:, i] of the N, and gets that row of the plane."""
     start, V = visual
     x = x.clone()
     x[:, start:start + V] += plane[origin]                                      # (B or 1, V, C)
@@ -235,13 +236,12 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, rope, past: KV | None = None):
         """-> x, this layer's queries (B, H, T, D), and the cache of all rows so far."""
         y, q, cache = self.self_attn(self.input_layernorm(x), rope, past)
-        y = x + y                                       # y again: attention's output is let go
+        y = x + y                                       # the same name: frees attention's output
         return y + self.mlp(self.post_attention_layernorm(y)), q, cache
 
 
 class Attention(nn.Module):
-    """The heads' width is stated on its own: all of them together need not be as wide as C. Each
-    query and key is normed, over its own head, before it is rotated."""
+    """H * D need not equal C. Queries and keys are normalised over D before they are rotated."""
 
     def __init__(self, c: "TextConfig"):
         super().__init__()
@@ -264,7 +264,9 @@ class Attention(nn.Module):
         k = rotate(k.transpose(1, 2), rope)                                     # (B, G, T, D)
         cache = KV(k, v) if past is None else past.append(k, v)                 # (B, G, S, D)
         mask = None
-        if past is not None and T > 1:          # causal by row, never by position
+        if past is not None and T > 1:          # new rows are causal among themselves alone
+            # imported here: it takes as long as torch itself, and most runs need no mask
+            from torch.nn.attention.bias import causal_lower_right
             mask = causal_lower_right(T, cache.keys.shape[2])
         y = F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=mask,
                                            is_causal=past is None, enable_gqa=self.G != self.H)
@@ -286,7 +288,7 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """In float32, and the result rounded before the weight, as the original does."""
+    """Normalises in float32 and rounds before it multiplies by the weight, as the original does."""
 
     def __init__(self, C: int, eps: float):
         super().__init__()
@@ -298,7 +300,7 @@ class RMSNorm(nn.Module):
 
 
 def signed_cos_sin(angles: Tensor, dtype) -> tuple[Tensor, Tensor]:
-    """(..., D/2) -> cos and sin (..., D) for `rotate`; sin has the minus of the first half."""
+    """(..., D/2) -> cos and sin (..., D) for `rotate`; the first half of sin is negated."""
     cos = angles.cos()
     sin = angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
@@ -313,8 +315,8 @@ def rotate(x: Tensor, rope) -> Tensor:
 # ---- vision tower and mergers --------------------------------------------------------------------
 
 class VisionTower(nn.Module):
-    """A ViT in which every patch attends to every other. No CLS token. Positions twice: learned
-    ones, resampled to the image's grid, and rotary ones in row and column.
+    """A ViT in which every patch attends to every other. No CLS token. It has two kinds of
+    positions: learned ones, resampled to the image's grid, and rotary ones in row and column.
 
     Patches come token by token in raster order, the 2x2 patches of a token together.
     """
@@ -332,11 +334,11 @@ class VisionTower(nn.Module):
             Merger(c, norm_merged=True) for _ in c.deepstack_visual_indexes)
 
     def forward(self, pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, list, Callable]:
-        """(B, P, 1536) -> token features (B, V, C); the planes, (B, V, C) each; and a function that
-        returns (B, V) float32: how much the whole image attends to each token in the last block. It
-        is costly, and few methods ask."""
+        """(B, P, 3 * 2 * 16 * 16) -> token features (B, V, C); the planes, (B, V, C) each; and a
+        function that returns (B, V) float32: how much the whole image attends to each token in the
+        last block. The function is costly, and few methods call it."""
         proj = self.patch_embed.proj
-        rope = self.rope(grid, pixels.device)
+        rope = self.cos_sin(grid, pixels.device)
         x = F.linear(pixels, proj.weight.flatten(1), proj.bias)         # (B, P, width)
         x = x + self.learned_positions(grid).to(x.dtype)
         planes = []
@@ -345,15 +347,15 @@ class VisionTower(nn.Module):
             if i in self.c.deepstack_visual_indexes:
                 merger = self.deepstack_merger_list[len(planes)]
                 planes.append(merger(x))
-        patches = self.c.spatial_merge_size ** 2                        # to a token
+        patches_per_token = self.c.spatial_merge_size ** 2
 
         def saliency():
-            return column_mean(q, k).unflatten(1, (-1, patches)).mean(2)
+            return column_mean(q, k).unflatten(1, (-1, patches_per_token)).mean(2)
         return self.merger(x), planes, saliency
 
     def learned_positions(self, grid: tuple[int, int]) -> Tensor:
-        """(P, width), float32 at least: the learned square grid, stretched over the patches of the
-        image, corners on corners."""
+        """(P, width) in float32 or wider: the learned square grid, stretched over the patches of
+        the image, corners on corners."""
         m = self.c.spatial_merge_size
         side = math.isqrt(self.c.num_position_embeddings)
         table = self.pos_embed.weight
@@ -363,7 +365,7 @@ class VisionTower(nn.Module):
         table = F.interpolate(table, size, mode="bilinear", align_corners=True)
         return by_token(table[0].permute(1, 2, 0), m)
 
-    def rope(self, grid: tuple[int, int], device) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, grid: tuple[int, int], device) -> tuple[Tensor, Tensor]:
         """cos and sin (P, D) float32: half of the frequencies turn with a patch's row, half with
         its column."""
         D = self.c.hidden_size // self.c.num_heads
@@ -373,7 +375,7 @@ class VisionTower(nn.Module):
         y, x = torch.meshgrid(rows, cols, indexing="ij")
         inv_freq = 1e4 ** -(torch.arange(0, D // 2, 2, device=device).float() / (D // 2))
         angles = torch.cat([by_token(place[..., None], m) * inv_freq for place in (y, x)], -1)
-        return signed_cos_sin(angles, torch.float32)                    # (P, D/2)
+        return signed_cos_sin(angles, torch.float32)                    # (P, D)
 
 
 def by_token(x: Tensor, m: int) -> Tensor:
@@ -434,8 +436,8 @@ class VisionMLP(nn.Module):
 
 
 class Merger(nn.Module):
-    """The 2x2 patches of a token -> a row of the decoder's width. Each patch is normed by itself,
-    but in the mergers of the planes the four together, as one row."""
+    """The 2x2 patches of a token -> a row of the decoder's width. The final merger normalises each
+    patch; those of the planes (norm_merged) normalise the four patches as one row."""
 
     def __init__(self, c: "VisionConfig", norm_merged: bool = False):
         super().__init__()
@@ -506,7 +508,7 @@ def patchify(x: Tensor, patch: int, m: int, frames: int) -> tuple[Tensor, tuple[
 
 # ---- configuration -------------------------------------------------------------------------------
 
-PIXELS = (256 * 256, 4096 * 4096)       # bounds of a resized image where the checkpoint has none
+PIXEL_BOUNDS = (256 * 256, 4096 * 4096)         # of a resized image where the checkpoint has none
 
 # what reads like Qwen3-VL and is another model -> why it is not here
 REFUSED = {
@@ -556,8 +558,8 @@ class Config:
     vision: VisionConfig
     image_token: int = 151655
     tie_word_embeddings: bool = False
-    min_pixels: int = PIXELS[0]
-    max_pixels: int = PIXELS[1]
+    min_pixels: int = PIXEL_BOUNDS[0]
+    max_pixels: int = PIXEL_BOUNDS[1]
 
     @property
     def factor(self) -> int:
@@ -572,8 +574,8 @@ def read_config(path: Path) -> Config:
     raw = read_json(file)
     kind = raw.get("model_type")
     if kind in REFUSED:
-        raise InputError(f"{file}: model_type is {kind!r}, {REFUSED[kind]}; want a "
-                         "dense Qwen3-VL: 2B, 4B, 8B or 32B")
+        raise InputError(f"{file}: model_type is {kind!r}, {REFUSED[kind]}; want a dense Qwen3-VL: "
+                         "2B, 4B, 8B or 32B")
     if kind != "qwen3_vl":
         raise InputError(f"{file}: model_type is {kind!r}, want 'qwen3_vl'")
     text = checkpoint.section(raw, "text_config", file)
@@ -584,7 +586,7 @@ def read_config(path: Path) -> Config:
             if name in rope:
                 text = text | {name: rope[name]}
     vision = checkpoint.section(raw, "vision_config", file)
-    min_pixels, max_pixels = checkpoint.read_bounds(path, PIXELS)
+    min_pixels, max_pixels = checkpoint.read_bounds(path, PIXEL_BOUNDS)
     config = Config(text=checkpoint.fill(TextConfig, text, path),
                     vision=checkpoint.fill(VisionConfig, vision, path),
                     image_token=raw.get("image_token_id") or 151655,
@@ -644,8 +646,10 @@ def load(path, device=None, dtype=None, min_pixels: int | None = None,
     checkpoint.check_folder(path)
     device, dtype = checkpoint.device_and_dtype(device, dtype)
     config = read_config(path)
-    config.min_pixels = min_pixels or config.min_pixels
-    config.max_pixels = max_pixels or config.max_pixels
+    if min_pixels is not None:
+        config.min_pixels = min_pixels
+    if max_pixels is not None:
+        config.max_pixels = max_pixels
     if config.min_pixels > config.max_pixels:
         raise InputError(f"min_pixels is {config.min_pixels}, max_pixels {config.max_pixels}; want "
                          "min_pixels <= max_pixels")

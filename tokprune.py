@@ -9,11 +9,12 @@ the stream forward by layers; this file takes visual rows out of it:
     s = model.run(s)                        # the other layers, short
     model.decode(s, max_new_tokens=16)      # greedy
 
-A method is a function of a View, `method(view, n) -> indices`, and an entry in METHODS.
+A method is a function of a View, `method(view, n) -> indices`, or (indices, rows) if it merges,
+and an entry in METHODS.
 
 A model is one file. It has to hold
     PROMPT, load(path, device=None, dtype=None) -> model
-and the model
+and the model, an nn.Module,
     num_layers, config.text, tokenizer
     preprocess(image)                       what `begin` takes in place of a PIL image
     canvas(image)                           the PIL image that the visual tokens tile
@@ -23,7 +24,7 @@ and the model
     final_norm(x)
     logits(stream, row=-1)                  -> (B, vocab) float32, of the token after that row
     decode(stream, max_new_tokens, repetition_penalty=1.0) -> B strings
-    answer_ids(answer)                      -> the tokens it would emit for that answer
+    answer_ids(answer)                      -> the tokens the model would emit for that answer
 support/checkpoint.py names the file for its model_type; nothing else knows which models exist.
 
     B variants of one prompt   T rows   V visual tokens alive   N of them at first   C width
@@ -173,8 +174,8 @@ def choose(view: "View", method: str, n: int) -> tuple[Tensor, Tensor | None]:
     chosen = METHODS[method]
     assert view.keys is not None or not chosen.needs_layer, \
         f"{method} needs a layer run since rows last left"
-    if chosen.info and view.info is None:
-        raise InputError(f"{method} needs its {chosen.info} measured beforehand, which `prune` "
+    if chosen.measure and view.info is None:
+        raise InputError(f"{method} needs its {chosen.measure} measured beforehand, which `prune` "
                          "takes as info; see information.MEASURES")
     if chosen.merges:
         idx, rows = chosen(view, n)
@@ -234,7 +235,8 @@ def prefill(model, stream: Stream, schedule: list, seed: int = 0,
     """All layers under a schedule from `parse_schedule` -> Stream past the last layer."""
     for layer, method, amount in schedule:
         stream = model.run(stream, stop=layer)
-        stream = prune(model, stream, method, count(amount, stream.N), seed, positions=positions)
+        n = number_kept(amount, stream.N)
+        stream = prune(model, stream, method, n, seed, positions=positions)
     return model.run(stream)
 
 
@@ -251,8 +253,9 @@ class View:
     x: Tensor                                               # (T, C) hidden states
     embeds: Tensor | None = None                            # (T at first, C) input embeddings
     embeds_visual: tuple[int, int] | None = None            # first visual row in embeds, and N
-    keys: Tensor | None = None                              # (T, G*D) of layer-1, after rotary
-    attention: Callable[[Tensor], Tensor] | None = None     # rows (R,) -> (H, R, T) of layer-1
+    # of the layer before: keys after the rotary embedding, and attention probabilities
+    keys: Tensor | None = None                              # (T, G*D)
+    attention: Callable[[Tensor], Tensor] | None = None     # rows (R,) -> (H, R, T)
     normed: Callable[[], Tensor] | None = None              # -> (T, C) the final norm of x
     saliency: Callable[[], Tensor] | None = None            # -> (V,) float32
     grid: tuple[int, int] | None = None
@@ -317,7 +320,7 @@ def uniform(view: View, n: int) -> Tensor:
     return order[:n].sort().values
 
 
-def grid(view: View, n: int) -> Tensor:
+def evenly_spaced(view: View, n: int) -> Tensor:
     """Evenly spaced in raster order: the other baseline that looks at nothing."""
     V = view.visual[1]
     return (2 * torch.arange(n) + 1) * V // (2 * n)
@@ -342,10 +345,10 @@ def sparsevlm(view: View, n: int) -> tuple[Tensor, Tensor | None]:
     """
     score = attention_of_raters(view)
     order = score.argsort(descending=True, stable=True)
-    budget = recycling(n, view.visual[1])
-    if budget is None:
+    split = recycling(n, view.visual[1])
+    if split is None:
         return highest(score, n), None
-    k, t, c = budget
+    k, t, c = split
     recycled = order[k:k + t]
     centers, means = cluster(view.x_visual[recycled], c)
     rows = view.x_visual.clone()
@@ -370,8 +373,8 @@ def attention_of_raters(view: View) -> Tensor:
 def recycling(n: int, V: int) -> tuple[int, int, int] | None:
     """How SparseVLM spends n of V tokens: the largest k, so that k kept and c merged ones fit.
 
-    Of the V - k others, t = 30 % + 1 are recycled into c = t / 10 + 1. n = 6, V = 64: k = 4 are
-    kept, and t = 19 become c = 2. None if not even k = 0 fits.
+    Of the V - k others, t = int(0.3 * (V - k)) + 1 are recycled into c = int(t / 10) + 1.
+    n = 6, V = 64: k = 4 are kept, and t = 19 become c = 2. None if not even k = 0 fits.
     """
     for k in range(n - 1, -1, -1):
         t = int(0.3 * (V - k)) + 1
@@ -473,7 +476,7 @@ def most_informative(view: View, n: int) -> Tensor:
     return highest(view.info, n)
 
 
-def in_turns(view: View, n: int) -> Tensor:
+def take_turns(view: View, n: int) -> Tensor:
     """The tokens of an answer, columns of View.info (V, t), take turns: each picks the visual token
     of the highest value in its column that is not yet picked, ties to the lowest index."""
     columns = view.info.float().clone()
@@ -493,14 +496,14 @@ def highest(score: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """A pruning method and what is true of it. Whoever has to know asks here, never for a name."""
+    """A pruning method and what is true of it. Programs ask these fields and compare no names."""
     function: Callable              # (view, n) -> indices (n,), ascending
     color: str                      # in every picture
     needs_layer: bool = False       # it reads attention or keys of the layer before
     draws: bool = False             # at random: several seeds are averaged
     merges: bool = False            # it returns (indices, rows (n, C) to put there, or None)
-    info: str = ""                  # it needs View.info: what to measure, of information.MEASURES
-    needs_gold: bool = False        # an oracle: that is measured with the gold answer
+    measure: str = ""               # it needs View.info: the entry of information.MEASURES for it
+    needs_gold: bool = False        # an oracle: its View.info is measured with the gold answer
 
     def __call__(self, view: View, n: int):
         return self.function(view, n)
@@ -508,15 +511,15 @@ class Method:
 
 METHODS = {
     "random": Method(uniform, "#7f7f7f", draws=True),
-    "grid": Method(grid, "#b5651d"),
+    "grid": Method(evenly_spaced, "#b5651d"),
     "fastv": Method(fastv, "#d55e00", needs_layer=True),
     "sparsevlm": Method(sparsevlm, "#e69f00", needs_layer=True, merges=True),
     "dart": Method(dart, "#009e73", needs_layer=True),
     "divprune": Method(divprune, "#0072b2"),
     "scope": Method(scope, "#cc79a7"),
-    "hindsight": Method(in_turns, "#882255", info="attention"),
-    "info": Method(most_informative, "#111111", info="windows", needs_gold=True),
-    "info-turns": Method(in_turns, "#56b4e9", info="tokens", needs_gold=True),
+    "hindsight": Method(take_turns, "#882255", measure="attention"),
+    "info": Method(most_informative, "#111111", measure="windows", needs_gold=True),
+    "info-turns": Method(take_turns, "#56b4e9", measure="tokens", needs_gold=True),
 }
 ORACLES = tuple(name for name, method in METHODS.items() if method.needs_gold)
 
@@ -568,7 +571,7 @@ def format_schedule(schedule) -> str:
     return " ".join(parts)
 
 
-def count(amount: float | int, N: int) -> int:
+def number_kept(amount: float | int, N: int) -> int:
     """How many of N tokens an amount keeps: an int is that many, a float the fraction removed."""
     if isinstance(amount, int):
         return min(amount, N)
@@ -579,7 +582,7 @@ def visual_tokens(schedule: list, N: int, L: int) -> list[int]:
     """Visual tokens at the input of each of the L layers."""
     tokens = [N] * L
     for layer, _, amount in schedule:
-        n = min(count(amount, N), tokens[layer])
+        n = min(number_kept(amount, N), tokens[layer])
         tokens[layer:] = [n] * (L - layer)
     return tokens
 
@@ -594,10 +597,11 @@ def at_budget(method: str, budget: float, horizon_layer: int, N: int, L: int) ->
     """Three schedules whose mean over L layers is `budget` of the N tokens: the method alone; with
     random pruning from the horizon on; with nothing kept from the horizon on.
 
-    Divided as in the official code: a method that needs a layer starts at 2, or at 1 where layers 0
-    and 1 would take over a quarter of the budget; random keeps a fifth of the mean. For a mean of
-    192 of 576: dart@2=252 or divprune@0=284, then random@20=39 or 38. Rounding favours the method
-    alone. Raises InputError where a stage would keep less than one token, or more than all.
+    The division is the official code's. A method that needs a layer starts at layer 2, or at 1
+    where layers 0 and 1 would take over a quarter of the budget. Random keeps a fifth of the mean.
+    For a mean of 192 of 576: dart@2=252 or divprune@0=284, then random@20=39 or 38. Rounding
+    favours the method alone. Raises InputError where a stage would keep less than one token, or
+    more than all.
     """
     first = 0
     if METHODS[method].needs_layer:
@@ -621,16 +625,16 @@ def at_budget(method: str, budget: float, horizon_layer: int, N: int, L: int) ->
 
 
 def fraction_removed(n: int, N: int) -> float:
-    """The fraction removed that keeps n of N."""
-    return round(1 - n / N, 6)
+    """The fraction removed that keeps n of N, with two digits more than N has."""
+    return round(1 - n / N, 2 + len(str(N)))
 
 
 def flops(config, rows: list[int], past: int = 0) -> int:
     """Prefill FLOPs of the decoder layers, two per multiply-add.
 
     config: the text config. rows: at each layer's input. past: rows before them whose keys and
-    values are in the cache. Exact for grouped queries and three MLP matrices; of attention, its
-    causal half. The vision tower and the output head are not in it.
+    values are in the cache. Grouped queries and the three MLP matrices are counted as they are,
+    attention as half of its square. The vision tower and the output head are not in it.
     """
     d = config.hidden_size
     m = config.intermediate_size

@@ -1,1 +1,2 @@
-"""What the programs stand on. Nothing here imports a program or a model."""
+"""What the programs stand on. Nothing here imports a program; checkpoint.py imports models by name.
+"""

@@ -11,7 +11,7 @@ import numpy as np
 from support.benchmarks import (BENCHMARKS, COGNITION, COLUMNS, OCR, PERCEPTION, POPE, TOTALS,
                                 YES_OR_NO, Question, find, images_of, score)
 from support.files import read_lines
-from support.report import number, part_of, print_heads, print_row
+from support.report import number, part_of, print_heads, print_row, total
 from support.statistics import standard_error
 from tokprune import InputError
 
@@ -21,35 +21,35 @@ def score_answers(file: Path, data: dict[str, list[Question]], paths: list[Path]
 
     A cell is one of several answers a line may hold. Raises InputError.
     """
-    report = {}
+    scored = {}
     for benchmark, answered in join_answers(file, data, paths).items():
         with_image = [pair for pair in answered if pair[0].group != "text"]
         if not with_image:
             raise InputError(f"{file}: answers no question of {benchmark} that has an image")
         known = sum(question.group != "text" for question in data[benchmark])
+        cells = answered[0][1]
+        rows = {cell: score_cell(benchmark, with_image, known, cell) for cell in cells}
         print(f"\n{benchmark}: {part_of(len(with_image), known)} answered\n")
-        totals = COLUMNS.get(benchmark, ())
-        print_heads([benchmark, "score", "±", *totals, "empty", "unparsed"])
-        rows = {}
-        for cell in answered[0][1]:
-            row = score_cell(benchmark, with_image, known, cell)
-            rows[cell] = row
-            print_row([cell, number(row["score"]), number(row["standard_error"])]
-                      + [five_digits(row["totals"][name]) for name in totals]
-                      + [str(row["empty"]), str(row["unparsed"])])
-        print()
+        print_rows(benchmark, rows)
         print_missing(benchmark, {question.group for question, _ in with_image})
         if len(answered) > len(with_image):
             score_without_image(benchmark, answered, len(data[benchmark]), rows)
-        report[benchmark] = rows
-    return report
+        scored[benchmark] = rows
+    return scored
 
 
-def five_digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.5g}"
+def print_rows(benchmark: str, rows: dict[str, dict]):
+    totals = COLUMNS.get(benchmark, ())
+    print_heads([benchmark, "score", "±", *totals, "empty", "unparsed"])
+    for cell, row in rows.items():
+        print_row([cell, number(row["score"]), number(row["standard_error"])]
+                  + [total(row["totals"][name]) for name in totals]
+                  + [str(row["empty"]), str(row["unparsed"])])
+    print()
 
 
 def score_cell(benchmark: str, answered: list, known: int, cell: str) -> dict:
+    """The row of a cell: score, error, totals, odd answers."""
     questions = [question for question, _ in answered]
     answers = [given[cell] for _, given in answered]
     parsed = []
@@ -80,8 +80,8 @@ def print_missing(benchmark: str, groups: set[str]):
 
 
 def score_without_image(benchmark: str, answered: list, known: int, rows: dict):
-    """ScienceQA's questions without an image: left out of the score, and the official accuracy over
-    all test questions beside it, an unanswered one counted as wrong."""
+    """ScienceQA's questions without an image do not count in the score. The official accuracy over
+    all test questions is printed too; an unanswered one is wrong."""
     others = sum(question.group == "text" for question, _ in answered)
     unanswered = known - len(answered)
     print(f"{benchmark}: {others} answered questions have no image and are left out above")
@@ -128,6 +128,7 @@ def join_answers(file: Path, data: dict[str, list[Question]], paths: list[Path])
 
 
 def benchmark_of(line: dict, data: dict, about: str) -> str:
+    """Raises InputError if it is not said which."""
     only = next(iter(data)) if len(data) == 1 else None
     benchmark = line.get("benchmark", only)
     if not isinstance(benchmark, str) or benchmark not in (*data, *BENCHMARKS):
@@ -137,6 +138,7 @@ def benchmark_of(line: dict, data: dict, about: str) -> str:
 
 
 def answers_of(line: dict, about: str) -> dict[str, str]:
+    """{cell: answer} of a line. Raises InputError."""
     answers = line.get("answers", {"answers": line.get("answer", line.get("text"))})
     fits = isinstance(answers, dict) and len(answers) > 0
     if not fits or not all(isinstance(answer, str) for answer in answers.values()):

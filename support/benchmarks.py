@@ -40,7 +40,7 @@ class Question:
         return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:4], "big")
 
     @property
-    def gold(self) -> str:
+    def gold_normalised(self) -> str:
         """The answer whose first token the paper measures: of ten, the best-scoring one after
         normalising; else Yes or No, the letter, or the first answer."""
         if self.metric == "vqa":
@@ -52,11 +52,11 @@ class Question:
         return self.answers[0]
 
     @property
-    def gold_answer(self) -> str:
+    def gold_written(self) -> str:
         """The answer measured as a whole, as an annotator wrote it: of ten, the most frequent of
-        the best-scoring ones ("1,000", where `gold` is "1000")."""
+        the best-scoring ones ("1,000", where `gold_normalised` is "1000")."""
         if self.metric != "vqa":
-            return self.gold
+            return self.gold_normalised
         best = max(self.points(answer) for answer in self.answers)
         written = [answer for answer in self.answers if self.points(answer) == best]
         return Counter(written).most_common(1)[0][0]

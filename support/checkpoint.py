@@ -55,6 +55,7 @@ def model_type(path: Path) -> str:
 
 
 def check_folder(path: Path):
+    """Raises InputError."""
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; want a checkpoint folder with config.json and "
                          "*.safetensors")
@@ -235,12 +236,14 @@ def load_weights(model, path: Path, device, dtype, renames: list, ignored: str,
 
 
 def check_shape(tensor, parameter, key: str, shard: Path):
+    """Raises InputError."""
     if tensor.shape != parameter.shape:
         raise InputError(f"{shard}: {key} is {list(tensor.shape)}, config.json wants "
                          f"{list(parameter.shape)}")
 
 
 def read_shard(shard: Path, read):
+    """read(the open file). Raises InputError."""
     try:
         with safe_open(shard, "pt") as f:
             return read(f)

@@ -2,9 +2,8 @@
 against transformers, against the FLOPs, against reading the files, against what a GPU can do; and
 how they grow.
 
-Each part is a function of a Table, which takes its rows, and a Setting.
+Each part takes a Table, which gets its rows, and a Setting.
 """
-import math
 import re
 import subprocess
 import sys
@@ -19,12 +18,12 @@ from PIL import Image, ImageDraw
 from support import made_up, report
 from support.checkpoint import load_model
 from support.files import read_image
-from support.timing import (STEPS, decode, extra_memory, in_turns, now, span, time_call,
+from support.timing import (STEPS, decode, extra_memory, now, span, time_call, time_in_turns,
                             time_prefill)
 from tokprune import METHODS, flops, prefill, prune, visual_tokens
 
 MiB = 2 ** 20
-TIMED = [name for name, method in METHODS.items() if not method.info]
+TIMED = [name for name, method in METHODS.items() if not method.measure]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -97,7 +96,7 @@ def compare(table: Table, label: str, ours, theirs, setting: Setting):
             lambda: decode(ours, full), lambda: their_decode(theirs, past, stream),
             1.3 if device.type == "cuda" else 1.0)}
     for name, (one, other, aim) in calls.items():
-        ms = in_turns({"ours": one, "theirs": other}, setting.rounds, device)
+        ms = time_in_turns({"ours": one, "theirs": other}, setting.rounds, device)
         table.add(f"{label}: {name}, times as fast as transformers",
                   ms["theirs"]["median"] / ms["ours"]["median"], aim,
                   note=f"{span(ms['ours'])} against {span(ms['theirs'])} ms")
@@ -179,9 +178,9 @@ def pruning(table: Table, setting: Setting):
     matrix_products(table, model, [T - N + n for n in (N, N // 2, N // 4, N // 10)], setting)
     for name, pruned in ms.items():
         rows = [T - N + n for n in visual_tokens(schedules[name], N, depth)]
-        fewer = flops(model.config.text, [T] * depth) / flops(model.config.text, rows)
-        table.add(f"{name} at layer 2 of {depth}: speed-up, share of the FLOPs ratio {fewer:.2f}",
-                  full["median"] / pruned["median"] / fewer, 0.85,
+        ratio = flops(model.config.text, [T] * depth) / flops(model.config.text, rows)
+        table.add(f"{name} at layer 2 of {depth}: speed-up, share of the FLOPs ratio {ratio:.2f}",
+                  full["median"] / pruned["median"] / ratio, 0.85,
                   note=f"{span(pruned)} against {span(full)} ms")
     reached = model.run(stream, stop=2)
     for method in TIMED:
@@ -200,7 +199,7 @@ def matrix_products(table: Table, model, sizes: list[int], setting: Setting):
                        device=weight.device)
         return lambda: [layer.mlp.gate_proj(x) for layer in layers]
     calls = {rows: product(rows) for rows in sizes}
-    ms = in_turns(calls, min(setting.rounds, 3), setting.device)
+    ms = time_in_turns(calls, min(setting.rounds, 3), setting.device)
     most = sizes[0]
     for rows in sizes:
         rate = rows / ms[rows]["median"]
@@ -322,18 +321,19 @@ def draw_growth(curves: dict, path: Path):
 
 
 def draw_panel(pen, left: int, top: int, axis: str, lines: dict):
+    """Lines of (x, y), both axes logarithmic."""
     points = np.log([point for line in lines.values() for point in line])
     low = points.min(0)
-    high = points.max(0)
-    width, height = np.maximum(high - low, 1e-9)
+    size = np.maximum(points.max(0) - low, 1e-9)
     pen.text((left + 310, top + 388), axis, "black", anchor="mm")
     for number, (name, line) in enumerate(lines.items()):
         ink = ("#7f7f7f", "#d62728")[number]
         pen.text((left + 60, top + 14 + 14 * number), name, ink)
         spots = []
         for x, y in line:
-            right = left + 60 + 500 * (math.log(x) - low[0]) / width
-            down = top + 350 - 290 * (math.log(y) - low[1]) / height
+            along, up = (np.log([x, y]) - low) / size           # 0 to 1
+            right = left + 60 + 500 * along
+            down = top + 350 - 290 * up
             spots.append((right, down))
             pen.ellipse((right - 3, down - 3, right + 3, down + 3), ink)
             pen.text((right, down - 12), f"{y:.0f}", ink, anchor="mm")

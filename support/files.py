@@ -1,4 +1,6 @@
-"""Text, JSON, JSON lines and images: read, or refused in one line; written whole, or not at all."""
+"""Text, JSON, JSON lines and images, read or refused in one line; text written whole or not at all.
+"""
+import contextlib
 import json
 from pathlib import Path
 
@@ -70,6 +72,8 @@ def write_text(file: Path, text: str):
         unfinished.write_text(text, "utf-8")
         unfinished.replace(file)
     except OSError as e:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)          # a full disk gets its room back
         raise InputError(f"{file}: cannot be written ({e.strerror}); "
                          "want a folder that can be written to, with room")
 

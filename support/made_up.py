@@ -148,6 +148,7 @@ def write_shards(folder: Path, parameters: dict) -> int:
     weight_map = {}
     shard = {}
     size = 0
+    in_shard = 0
 
     def save():
         name = f"model-{len(set(weight_map.values()))}.safetensors"
@@ -165,8 +166,10 @@ def write_shards(folder: Path, parameters: dict) -> int:
             values = pattern.repeat(-(-n // len(pattern)))[:n]
         shard[renamed] = values.view(parameter.shape)
         size += 2 * n
-        if sum(tensor.numel() for tensor in shard.values()) > 2 ** 30:
+        in_shard += n
+        if in_shard > 2 ** 30:
             save()
+            in_shard = 0
     save()
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

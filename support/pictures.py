@@ -216,16 +216,15 @@ class Style:
         sheet.text(x + 56, y, name, anchor="lm")
 
 
+# the same at every layer
 REFERENCES = {"unpruned": Style(INK, 2.2, (16, 7)), "no image": Style(GREY, 2.2, (3, 6))}
-NONE = Style("#000000", 6.6, hollow=True)
+FIXED = REFERENCES | {"none": Style("#000000", 6.6, hollow=True)}
 PATTERNS = [(), (17, 6), (13, 5, 3, 5)]
 
 
 def style_of(name: str) -> Style:
-    if name in REFERENCES:
-        return REFERENCES[name]
-    if name not in METHODS:
-        return NONE
+    if name in FIXED:
+        return FIXED[name]
     method = METHODS[name]
     number = list(METHODS).index(name)
     if method.draws:
@@ -236,6 +235,8 @@ def style_of(name: str) -> Style:
 # ---- scores --------------------------------------------------------------------------------------
 
 WIDTH = 760                             # of the panel of a benchmark
+HEIGHT = 560
+MARGIN = 76                             # left of the axes and above them
 
 
 def plot(report: dict, path: Path, horizons: dict | None = None):
@@ -249,13 +250,14 @@ def plot(report: dict, path: Path, horizons: dict | None = None):
     methods = {row["method"] for row in every_row}
     names = [name for name in ("unpruned", "none", "no image", *METHODS) if name in methods]
     across = min(2, len(report))
-    bottom = math.ceil(len(report) / across) * 560
+    bottom = math.ceil(len(report) / across) * HEIGHT
     entries = 3 * across                                # of the legend, in a line
     sheet = Sheet(across * WIDTH, bottom + 32 * math.ceil(len(names) / entries) + 12)
     for i, (benchmark, rows) in enumerate(report.items()):
         left = i % across * WIDTH
-        top = i // across * 560
-        axes = Axes(sheet, (left + 76, top + 76, left + WIDTH - 20, top + 476), layers, -3, 103)
+        top = i // across * HEIGHT
+        box = (left + MARGIN, top + MARGIN, left + WIDTH - 20, top + MARGIN + 400)
+        axes = Axes(sheet, box, layers, -3, 103)
         if horizons and benchmark in horizons:
             axes.horizon(horizons[benchmark])
             name = f"horizon: layer {horizons[benchmark]}"
@@ -309,6 +311,7 @@ def importance(name: str) -> int:
 
 # ---- information ---------------------------------------------------------------------------------
 
+WITH_MAPS = 950                         # height of a panel: two pairs of axes, and the maps
 TILE = 106
 TILES = 6
 HELPS = np.array([178, 24, 43])         # red and blue, which the colour-blind tell apart
@@ -326,10 +329,10 @@ def plot_information(report: dict, examples: dict, path: Path):
     examples[benchmark]: (canvas, maps (layers, rows, cols), question, answer). Raises InputError.
     """
     across = min(2, len(report))
-    sheet = Sheet(across * WIDTH, math.ceil(len(report) / across) * 950)
+    sheet = Sheet(across * WIDTH, math.ceil(len(report) / across) * WITH_MAPS)
     for i, (benchmark, measured) in enumerate(report.items()):
         left = i % across * WIDTH
-        top = i // across * 950
+        top = i // across * WITH_MAPS
         rows = measured["information"]
         sheet.text(left + WIDTH / 2, top + 24, benchmark, TITLE)
         draw_information(sheet, left, top + 80, rows, measured["horizon"])
@@ -340,9 +343,9 @@ def plot_information(report: dict, examples: dict, path: Path):
 
 def draw_information(sheet: Sheet, left: float, top: float, rows: list[dict], horizon: dict):
     layers = [row["layer"] for row in rows]
-    values = np.array([[row["std"], row["mean"]] for row in rows])
-    errors = np.array([[row["standard_errors"]["std"], row["standard_errors"]["mean"]]
-                       for row in rows], float)
+    names = ("spread", "mean")
+    values = np.array([[row[name] for name in names] for row in rows])
+    errors = np.array([[row["standard_errors"][name] for name in names] for row in rows], float)
     errors = np.nan_to_num(errors)                      # one image has none, and no band
     low = values - 1.96 * errors
     high = values + 1.96 * errors
@@ -376,7 +379,7 @@ def draw_scores(sheet: Sheet, left: float, top: float, horizon: dict):
         name = "no horizon"
     sheet.text(axes.x1, top - 22, name, anchor="rm")
     axes.grid("score with all dropped, % of unpruned", "layer at whose input they are dropped")
-    NONE.line(sheet, axes.points(layers, shares))
+    FIXED["none"].line(sheet, axes.points(layers, shares))
 
 
 def draw_maps(sheet: Sheet, x: float, y: float, layers: list[int], canvas: Image.Image,
@@ -404,11 +407,11 @@ def signed(image: Image.Image, values: np.ndarray) -> Image.Image:
     """The image in grey under the colours of values (rows, cols) from -1 to 1, stronger by their
     square root: a tenth can be seen."""
     grey = np.asarray(image.convert("L").convert("RGB")).astype(float)
-    spread = Image.fromarray(values.astype(np.float32)).resize(image.size, Image.NEAREST)
-    value = np.asarray(spread)[..., None]
-    colour = np.where(value > 0, HELPS, MISLEADS)
+    enlarged = Image.fromarray(values.astype(np.float32)).resize(image.size, Image.NEAREST)
+    value = np.asarray(enlarged)[..., None]
+    color = np.where(value > 0, HELPS, MISLEADS)
     weight = 0.85 * np.sqrt(abs(value))
-    return Image.fromarray((grey * (1 - weight) + colour * weight).round().astype(np.uint8))
+    return Image.fromarray((grey * (1 - weight) + color * weight).round().astype(np.uint8))
 
 
 # ---- the tokens kept of an image -----------------------------------------------------------------

@@ -32,8 +32,9 @@ DIED = f"another process of this run has ended; {GOES_ON}, with as many as you l
 def collect(out: Path, benchmark: str, questions: list, prepare, work, workers: int) -> list:
     """The record of every question, in their order; None where memory ran out.
 
-    work(question, prepare(question)) returns a record, a dict with scores. `prepare` runs ahead,
-    in threads. This process works on every WORLD-th question that has no record in the folder.
+    work(question, prepare(question)) returns a record: a dict whose "scores" has "unpruned".
+    `prepare` runs ahead, in threads. This process works on every WORLD-th question that has no
+    record in the folder.
     """
     done = merge(out, benchmark, questions)
     file = out / ("answers.jsonl" if WORLD == 1 else f"answers.rank{RANK}.jsonl")

@@ -1,5 +1,5 @@
 """Tables in markdown, and the sentences that say what they mean. Every verdict is read off paired
-95 % intervals; no method is known by name."""
+95 % intervals; no method but random is known by name."""
 import json
 
 import numpy as np
@@ -9,9 +9,10 @@ from support.statistics import NOISE, mean_of_layer_1
 from tokprune import METHODS
 
 
-def print_heads(heads: list[str]):
+def print_heads(heads: list[str], first: str = "---"):
+    """The head of a table; first: "---:" where its first column holds numbers."""
     print("| " + " | ".join(heads) + " |")
-    print("|---|" + "---:|" * (len(heads) - 1))
+    print(f"|{first}|" + "---:|" * (len(heads) - 1))
 
 
 def print_row(cells: list[str]):
@@ -56,7 +57,7 @@ def part_of(asked: int, known: int) -> str:
     return f"all {known} questions"
 
 
-def print_head(benchmark: str, questions: list, known: list, template: str) -> str:
+def print_asked(benchmark: str, questions: list, known: list, template: str) -> str:
     """How much of the benchmark is asked, and the first prompt, which is returned."""
     images = len({question.image for question in questions})
     prompt = template.format(question=questions[0].prompt)
@@ -103,7 +104,7 @@ def compared_rows(rows: list[dict], key: str) -> list[dict]:
     chosen = []
     for row in rows:
         method = METHODS.get(row["method"])
-        if method and not method.info and row.get(key):
+        if method and not method.measure and row.get(key):
             chosen.append(row)
     return chosen
 
@@ -136,8 +137,8 @@ def print_verdict(benchmark: str, rows: list[dict], images: int):
 
 
 def side_of_horizon(rows: list[dict], layer: int, images: int) -> str:
-    """Before the horizon, if dropping everything costs by a whole interval; past it, if it costs
-    less than EQUAL by a whole interval, and there are images enough to see more.
+    """Before the horizon: the interval of what dropping everything costs lies wholly above 0. Past
+    it: wholly under EQUAL, and there are enough images to see a cost of EQUAL.
 
     Where nothing is lost on n images, up to 3 / n of the score may still be (95 %).
     """
@@ -175,8 +176,7 @@ def print_sweep(benchmark: str, rows: list[dict]):
     layers = layers_of(rows)
     scores = {(row["method"], row["layer"]): row["score"] for row in rows}
     scores.setdefault(("none", 0), scores.get(("no image", 0)))
-    print("| " + " | ".join([f"{benchmark}, layer", *names]) + " |")
-    print("|---:" * (1 + len(names)) + "|")
+    print_heads([f"{benchmark}, layer", *names], "---:")
     for name, layer in (("unpruned", None), ("no image", 0)):
         print_row([name] + [number(scores[name, layer])] * len(names))
     for layer in layers:
@@ -216,8 +216,8 @@ def print_lead_over_random(benchmark: str, rows: list[dict]):
     most = max(compared, key=lambda row: row["minus_random"][0])
     print(f"{benchmark}: no method beats random from layer {layer} on (our rule; oracles apart). "
           f"The largest lead over random is {difference(most['minus_random'])}, {most['method']} "
-          f"at layer {most['layer']}. {len(below)} of {len(compared)} cells are below random by a "
-          f"whole interval; by chance one expects {0.025 * len(compared):.0f}.")
+          f"at layer {most['layer']}. {len(below)} of {len(compared)} cells are below random, "
+          f"their whole interval under 0; by chance one expects {0.025 * len(compared):.0f}.")
     past = [row["minus_random"] for row in compared if row["layer"] >= layer]
     if past:
         low = min(values[1] for values in past)
@@ -245,7 +245,7 @@ def layers_of_oracle(rows: list[dict], oracle: str) -> tuple[list[int], list[int
     differences = {}
     for row in rows:
         method = METHODS.get(row["method"])
-        if method and not method.info and oracle in row["minus_oracles"]:
+        if method and not method.measure and oracle in row["minus_oracles"]:
             differences.setdefault(row["layer"], []).append(row["minus_oracles"][oracle])
     wins = []
     losses = []
@@ -277,22 +277,28 @@ def print_lead_of_oracle(benchmark: str, rows: list[dict], oracle: str):
 
 # ---- information ---------------------------------------------------------------------------------
 
-def print_information(benchmark: str, found: dict, args):
+def print_information_table(benchmark: str, found: dict):
     """A row for each layer: the score with everything dropped there, and what its windows tell."""
     heads = [f"{benchmark}, layer", "all dropped", "KL, nats", "information", "±", "spread",
              "Gini", f"windows over {NOISE:g}", f"under -{NOISE:g}"]
-    print("| " + " | ".join(heads) + " |")
-    print("|---:" * len(heads) + "|")
+    print_heads(heads, "---:")
     by_score = found["horizons"]["score"]
     by_divergence = found["horizons"]["divergence"]
     for row in found["information"]:
         layer = row["layer"]
         print_row([str(layer), number(by_score["scores"][layer]),
                    number(by_divergence["nats"][layer], 4), f"{row['mean']:+.4f}",
-                   number(row["standard_errors"]["mean"], 4), f"{row['std']:.4f}",
+                   number(row["standard_errors"]["mean"], 4), f"{row['spread']:.4f}",
                    f"{row['gini']:.2f}", f"{row['share'] - row['negative']:.0%}",
                    f"{row['negative']:.0%}"])
     print()
+
+
+def print_information(benchmark: str, found: dict, args):
+    """What is found of a benchmark: a table, horizons, verdicts, and the price."""
+    print_information_table(benchmark, found)
+    by_score = found["horizons"]["score"]
+    by_divergence = found["horizons"]["divergence"]
     print(f"{benchmark}: unpruned {by_score['unpruned']:.1f}. Horizon at layer "
           f"{layer_and_interval(by_score)}: from there on, dropping every visual token costs at "
           f"most {args.tolerance:.1%} of the score (our rule).{cost_of(by_score, args)}")
@@ -336,7 +342,7 @@ def print_information_verdict(benchmark: str, rows: list[dict], vanishes: int | 
         if error is not None and row["mean"] + 1.96 * error < 0:
             misleading.append(row["layer"])
     if misleading:
-        print(f"{benchmark}: {at_layers(misleading)} it is negative by a whole interval: a "
+        print(f"{benchmark}: {at_layers(misleading)} it is negative, its whole interval under 0: a "
               "window alone makes the answer less likely than no image at all.")
 
 

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -20,7 +21,7 @@ import torch
 
 from support import checkpoint
 from support.benchmarks import BENCHMARKS, STYLES, Question, load_benchmark
-from support.files import read_image, read_json, write_text  # noqa: F401
+from support.files import read_json, write_text
 from support.records import DIED, GOES_ON, LOCAL_RANK, RANK, WORLD, is_out_of_memory, wait
 from support.timing import device_name
 from tokprune import InputError
@@ -69,26 +70,21 @@ def whole(low: int):
     return convert
 
 
-def share(text: str) -> float:
-    """A type for argparse: a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:                             # nan is neither
-        raise argparse.ArgumentTypeError(f"{text}, want 0 to 1")
-    return value
+def number(fits, want: str):
+    """A type for argparse: a number that fits."""
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text}, want {want}")
+        return value
+    return convert
 
 
-def positive(text: str) -> float:
-    """A type for argparse: a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}, want a number above 0")
-    return value
+share = number(lambda value: 0 <= value <= 1, "0 to 1")             # nan is not
+positive = number(lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def add_model_flags(p: Parser):
@@ -210,16 +206,12 @@ def usable_device(name: str | None) -> str:
 
 def num_layers(args) -> int:
     """Of --model, which is not loaded: flags can be checked before. Raises InputError."""
-    if not args.model.is_dir():
-        raise InputError(f"--model {args.model}: no such folder; want a checkpoint folder with "
-                         "config.json")
     return checkpoint.read_config(args.model).text.num_hidden_layers
 
 
 def load_model(args):
     """--model on --device. Raises InputError."""
     device = usable_device(args.device)
-    num_layers(args)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     bounds = {}
     for name in ("min_pixels", "max_pixels"):
@@ -243,7 +235,7 @@ def load_data(args, **options) -> dict[str, list[Question]]:
     return data
 
 
-def draw(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
+def sample(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
     """About `limit` of them, drawn by seed; all if None. Questions of an image stay together."""
     if limit is None:
         return questions
@@ -274,7 +266,7 @@ def where(model) -> str:
 
 # ---- the folder of a run -------------------------------------------------------------------------
 
-ELSEWHERE = {"out", "json", "workers", "plot", "command", "device", "dtype", "score"}
+NOT_SETTINGS = {"out", "json", "workers", "plot", "command", "device", "dtype", "score"}
 
 
 def settings_of(args, model, data: dict) -> dict:
@@ -283,21 +275,21 @@ def settings_of(args, model, data: dict) -> dict:
     weight = next(model.parameters())
     settings = {}
     for name, value in vars(args).items():
-        if name not in ELSEWHERE:
+        if name not in NOT_SETTINGS:
             settings[name] = str(value) if isinstance(value, Path) else value
     for bound in ("min_pixels", "max_pixels"):
         settings[bound] = getattr(model.config, bound, None)
     code = [file.read_text("utf-8") for file in sorted([*ROOT.glob("*.py"),
                                                         *ROOT.glob("support/*.py")])]
     files = [file for file in sorted(args.model.iterdir()) if file.is_file()]
-    checkpoint_parts = [(file.name, file.stat().st_size, ends(file)) for file in files]
+    checkpoint_parts = [(file.name, file.stat().st_size, hash_of_ends(file)) for file in files]
     return settings | {
         "device": weight.device.type, "dtype": str(weight.dtype)[6:],
         "code": short_hash(code), "checkpoint": short_hash(checkpoint_parts),
         "questions": {name: short_hash(questions) for name, questions in data.items()}}
 
 
-def ends(file: Path) -> str:
+def hash_of_ends(file: Path) -> str:
     """A hash of a file's first and last MiB: reading 14 GB would take a minute."""
     with file.open("rb") as f:
         start = f.read(2 ** 20)

@@ -3,6 +3,8 @@
 Questions about one image are not independent, so every error and interval is clustered by image:
 `image` holds, for each question, the number of its image, 0, 1, ...
 """
+import functools
+
 import numpy as np
 
 DRAWS = 2000                    # of a bootstrap, always from the same seed
@@ -19,6 +21,7 @@ def standard_error(scores: np.ndarray, image: np.ndarray) -> float | None:
     return float(np.sqrt(variance) / len(scores))
 
 
+@functools.cache
 def resampled_images(clusters: int) -> np.ndarray:
     """(draws, clusters) numbers of images, with replacement: the same in every comparison."""
     return np.random.default_rng(0).integers(0, clusters, (DRAWS, clusters))
@@ -86,9 +89,9 @@ def gini(values: np.ndarray) -> float:
     return float(((2 * rank - len(x) - 1) * x).sum() / (len(x) * x.sum()))
 
 
-MEASURES = {                    # of the windows of one question at one layer
+SUMMARIES = {                   # of the windows of one question at one layer
     "mean": np.mean,
-    "std": np.std,
+    "spread": np.std,
     "gini": gini,
     "share": lambda values: np.mean(abs(values) > NOISE),
     "negative": lambda values: np.mean(values < -NOISE),
@@ -96,13 +99,13 @@ MEASURES = {                    # of the windows of one question at one layer
 
 
 def information_by_layer(maps: list[np.ndarray], image: np.ndarray, layers: list[int]) -> list:
-    """A row for each layer: every one of MEASURES over the windows of a question, averaged over
+    """A row for each layer: every one of SUMMARIES over the windows of a question, averaged over
     questions, and its standard error. maps: (layers, rows, cols) for each question."""
     rows = []
     for i, layer in enumerate(layers):
         row = {"layer": layer, "standard_errors": {}}
-        for name, measure in MEASURES.items():
-            values = np.array([measure(values[i].ravel()) for values in maps])
+        for name, summary in SUMMARIES.items():
+            values = np.array([summary(of_question[i].ravel()) for of_question in maps])
             row[name] = float(values.mean())
             row["standard_errors"][name] = standard_error(values, image)
         rows.append(row)
@@ -117,15 +120,15 @@ def mean_of_layer_1(rows: list[dict]) -> float | None:
     return None
 
 
-def layer_without_information(rows: list[dict], noise: float = 0.0) -> int | None:
-    """The first layer from which on the mean stays under 1 % of layer 1's, or under the noise; None
+def layer_without_information(rows: list[dict], rounding: float = 0.0) -> int | None:
+    """The first layer from which on the mean stays under 1 % of layer 1's, or under rounding; None
     if layer 1 was not measured or its mean is not above 0, or if there is some to the end."""
     base = mean_of_layer_1(rows)
     if base is None or base <= 0:
         return None
     layer = None
     for row in reversed(rows):
-        if abs(row["mean"]) >= max(0.01 * base, noise):
+        if abs(row["mean"]) >= max(0.01 * base, rounding):
             break
         layer = row["layer"]
     return layer

@@ -25,7 +25,7 @@ def now(device) -> float:
     return 1000 * time.perf_counter()
 
 
-def in_turns(calls: dict, rounds: int, device) -> dict[str, dict]:
+def time_in_turns(calls: dict, rounds: int, device) -> dict[str, dict]:
     """Milliseconds of each call, by its name: {"median", "low", "high"} of so many rounds, after
     one that warms up. The calls take turns in this order, in the next round in reverse."""
     ms = {name: [] for name in calls}
@@ -49,8 +49,8 @@ def span(ms: dict, digits: int = 1) -> str:
 
 
 def time_call(call, rounds: int, device) -> dict:
-    """`in_turns` of one call."""
-    return in_turns({"": call}, rounds, device)[""]
+    """`time_in_turns` of one call."""
+    return time_in_turns({"": call}, rounds, device)[""]
 
 
 def time_prefill(model, stream, schedules: dict[str, tuple], rounds: int) -> dict[str, dict]:
@@ -58,7 +58,7 @@ def time_prefill(model, stream, schedules: dict[str, tuple], rounds: int) -> dic
     calls = {}
     for name, schedule in schedules.items():
         calls[name] = lambda schedule=schedule: model.logits(prefill(model, stream, schedule))
-    return in_turns(calls, rounds, stream.x.device)
+    return time_in_turns(calls, rounds, stream.x.device)
 
 
 def decode(model, full):

@@ -5,6 +5,7 @@
 
 Exits with 1 if a mistake goes unnoticed. The mistakes stand in mutants_*.py.
 """
+import argparse
 import shutil
 import subprocess
 import sys
@@ -52,11 +53,15 @@ def red_test(file: str, old: str, new: str, tests: list[str]) -> str:
         assert old in source, f"{old!r} is not in {file} any more"
         (copy / file).write_text(source.replace(old, new))
         command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider",
-                   "-k", "not deliberate", *[f"tests/{test}" for test in tests]]
-        run = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+                   *[f"tests/{test}" for test in tests]]
+        try:
+            run = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600)
+        except subprocess.TimeoutExpired:
+            return "none ended within 10 minutes"
     for line in run.stdout.splitlines():
         if line.startswith(("FAILED", "ERROR")):
             return line.split(" - ")[0]
+    assert run.returncode == 0, f"pytest did not run: {run.stdout[-500:]}{run.stderr[-500:]}"
     return ""
 
 
@@ -64,6 +69,8 @@ def main(files: list[str]) -> int:
     unnoticed = 0
     for file in files or MUTANTS:
         mistakes, tests = MUTANTS[file]
+        red = red_test(file, "", "", tests)
+        assert not red, f"{red} is red without a mistake"
         for name, (old, new) in mistakes.items():
             red = red_test(file, old, new, tests)
             print(f"{file}, {name}: {red or 'UNNOTICED'}", flush=True)
@@ -72,4 +79,10 @@ def main(files: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(sys.argv[1:])))
+    p = argparse.ArgumentParser()
+    p.add_argument("files", nargs="*", help=f"of {', '.join(MUTANTS)}")
+    files = p.parse_args().files
+    unknown = set(files) - MUTANTS.keys()
+    if unknown:
+        p.error(f"{', '.join(unknown)}: want some of {', '.join(MUTANTS)}")
+    sys.exit(bool(main(files)))

@@ -60,8 +60,8 @@ QWEN3 = {
     "row and column swapped in the tower": ("for place in (y, x)", "for place in (x, y)"),
     "tower rope theta": ("inv_freq = 1e4 **", "inv_freq = 1e6 **"),
     "saliency sent, not received": (".softmax(-1).sum((1, 2))", ".softmax(-2).sum((1, 3))"),
-    "saliency in raster order of patches": (".unflatten(1, (-1, patches)).mean(2)",
-                                            ".unflatten(1, (patches, -1)).mean(1)"),
+    "saliency in raster order of patches": (".unflatten(1, (-1, patches_per_token)).mean(2)",
+                                            ".unflatten(1, (patches_per_token, -1)).mean(1)"),
 
     # decoder
     "no q norm": ("q = self.q_norm(self.q_proj(x).view(B, T, self.H, self.D))",
@@ -107,8 +107,8 @@ QWEN3 = {
     "alpha dropped": ("on_white(image).resize", 'image.convert("RGB").resize'),
     "halves rounded up": ("h = round(height / factor) * factor",
                           "h = math.floor(height / factor + 0.5) * factor"),
-    "bounds of Qwen2.5-VL": ("PIXELS = (256 * 256, 4096 * 4096)",
-                             "PIXELS = (56 * 56, 16384 * 28 * 28)"),
-    "bounds of the caller ignored": ("config.min_pixels = min_pixels or config.min_pixels", "pass"),
+    "bounds of Qwen2.5-VL": ("PIXEL_BOUNDS = (256 * 256, 4096 * 4096)",
+                             "PIXEL_BOUNDS = (56 * 56, 16384 * 28 * 28)"),
+    "bounds of the caller ignored": ("config.min_pixels = min_pixels", "pass"),
     "mixture of experts not refused": ("if kind in REFUSED:", "if False:"),
 }

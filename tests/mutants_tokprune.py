@@ -35,11 +35,10 @@ TOKPRUNE = {
         "origin=origin, queries=None)\n\n\ndef expand", "origin=origin)\n\n\ndef expand"),
     "compact positions do not move the answer": (
         "        next_pos = x.shape[1]\n", "        next_pos = stream.next_pos\n"),
-    "prefill draws with seed 0": (
-        "count(amount, stream.N), seed, positions", "count(amount, stream.N), 0, positions"),
+    "prefill draws with seed 0": ("method, n, seed, positions=", "method, n, 0, positions="),
     "prefill ignores positions": (", seed, positions=positions)", ", seed)"),
     "a ratio of those alive, not of the N": (
-        "count(amount, stream.N), seed", "count(amount, stream.visual[1]), seed"),
+        "n = number_kept(amount, stream.N)", "n = number_kept(amount, stream.visual[1])"),
     # what a method sees
     "visual rows as the stream has them, not in float32": (
         "self.x[start:start + V].float()", "self.x[start:start + V]"),
@@ -112,7 +111,8 @@ TOKPRUNE = {
         "amount = float(ratio) if ratio else int(number)", "amount = float(ratio or number)"),
     "a schedule that stays at a layer": ("layer <= schedule[-1][0]", "layer < schedule[-1][0]"),
     "a ratio above 1": ("if ratio and float(ratio) > 1:", "if False:"),
-    "tokens come back": ("n = min(count(amount, N), tokens[layer])", "n = count(amount, N)"),
+    "tokens come back": (
+        "n = min(number_kept(amount, N), tokens[layer])", "n = number_kept(amount, N)"),
     "at_budget's first layer always 2": ("first = 2 if 2 <= budget * L / 4 else 1", "first = 2"),
     "at_budget's first layer from a strict quarter on": ("2 <= budget * L / 4",
                                                          "2 < budget * L / 4"),
@@ -155,7 +155,7 @@ INFORMATION = {
         "rows = full.x.shape[1] - V + prefix + kept.shape[1]",
         "rows = full.x.shape[1] - V + kept.shape[1] - full.visual[0]"),
     "windows of one batch are those of another": (
-        "full, prefix, kept[windows])", "full, prefix, kept[:len(kept[windows])])"),
+        "full, prefix, kept[some_windows])", "full, prefix, kept[:len(kept[some_windows])])"),
     "batches a layer at a time": (
         "        together = min(room, layers - i)\n", "        together = 1\n"),
     "the last windows left out": ("for j in range(0, windows, step):",
@@ -205,20 +205,21 @@ INFORMATION = {
         '    if args.answers == "own":\n', "    if True:\n"),
     "the model's empty answer is measured": ("        if answer:\n", "        if True:\n"),
     "the whole gold answer for its first token": (
-        'return question.gold if target == "first"', "return question.gold_answer if True"),
+        'return question.gold_normalised if target == "first"',
+        "return question.gold_written if True"),
     "the horizon is the first layer that reaches the score": (
-        "    while layer > 0 and curve[layer - 1] >= full - tolerance * full:\n"
+        "    while layer > 0 and curve[layer - 1] >= unpruned - tolerance * unpruned:\n"
         "        layer -= 1\n"
         "    return layer",
         "    for i, value in enumerate(curve):\n"
-        "        if value >= full - tolerance * full:\n"
+        "        if value >= unpruned - tolerance * unpruned:\n"
         "            return i\n"
         "    return layer"),
-    "a tolerance of points, not of the score": ("full - tolerance * full", "full - tolerance"),
-    "the tolerance excluded": (">= full - tolerance * full", "> full - tolerance * full"),
+    "a tolerance of points, not of the score": ("unpruned - tolerance * unpruned", "unpruned - tolerance"),
+    "the tolerance excluded": (">= unpruned - tolerance * unpruned", "> unpruned - tolerance * unpruned"),
     "divergence against the largest": ("threshold * curve[0]", "threshold * max(curve)"),
     "divergence that is no less than the threshold": (
-        "< threshold * curve[0]", "<= threshold * curve[0]"),
+        "<= threshold * curve[0]", "< threshold * curve[0]"),
     "divergence the other way round": (
         "F.kl_div(got, want.expand_as(got),", "F.kl_div(want.expand_as(got), got,"),
     "divergence of the last token alone": ("total += F.kl_div(", "total = F.kl_div("),

@@ -7,6 +7,7 @@ import torch
 import bench
 from support import made_up, runs, timing
 from support.checkpoint import load_model
+from support.files import read_image
 from tokprune import METHODS, InputError, prefill, visual_tokens
 
 TINY = runs.ROOT / "tiny"
@@ -17,10 +18,10 @@ def test_the_cache_takes_the_bytes_of_the_formula_under_every_method(name):
     """Whole storages are counted: a view that kept pruned rows alive would show."""
     model = load_model(TINY / name, "cpu", torch.float32)
     text = model.config.text
-    stream = model.begin(runs.read_image(bench.PICTURE), bench.QUESTION)
+    stream = model.begin(read_image(bench.PICTURE), bench.QUESTION)
     text_rows = stream.x.shape[1] - stream.N
     for method in METHODS:
-        if METHODS[method].info:
+        if METHODS[method].measure:
             continue
         schedule = [(2, method, 0.5), (10, method, 3)]
         rows = [text_rows + V for V in visual_tokens(schedule, stream.N, model.num_layers)]
@@ -38,7 +39,7 @@ def test_the_calls_take_turns_and_the_first_round_warms_up(monkeypatch):
         order.append(name)
         clock[0] += next(durations[name])
     calls = {"a": lambda: call("a"), "b": lambda: call("b")}
-    ms = timing.in_turns(calls, 2, "cpu")
+    ms = timing.time_in_turns(calls, 2, "cpu")
     assert "".join(order) == "abbaab"
     assert ms == {"a": {"median": 2, "low": 1, "high": 3},
                   "b": {"median": 6.5, "low": 5, "high": 8}}
@@ -86,7 +87,7 @@ def test_the_model_at_hand_is_timed_and_the_result_is_the_last_line(tmp_path, ca
 
 def test_the_verdict_names_the_extremes_and_what_the_flops_promise(capsys):
     def row(name, fast, fewer):
-        return {"name": name, "times_as_fast": fast, "share_of_promise": fast / fewer}
+        return {"name": name, "times_as_fast": fast, "share_of_flops_ratio": fast / fewer}
     rows = [row("unpruned", 1, 1), row("none at layer 2", 4, 5), row("grid at layer 2", 2.5, 3),
             row("dart at layer 2", 1.5, 3)]
     schedules = {"unpruned": (), "none at layer 2": ((2, "random", 0),),

@@ -251,11 +251,11 @@ def pruned_fork(fork, start, method, n):
     """The stream at layer 1, and what the method keeps of it."""
     stream = fork.run(start, stop=1)
     info = None
-    if METHODS[method].info:
-        question = SimpleNamespace(gold="Yes", gold_answer="Yes")
+    if METHODS[method].measure:
+        question = SimpleNamespace(gold_normalised="Yes", gold_written="Yes")
         args = SimpleNamespace(window=2, max_batch_tokens=10 ** 6, answers="gold",
                                max_new_tokens=4, repetition_penalty=1.0)
-        measure = information.MEASURES[METHODS[method].info]
+        measure = information.MEASURES[METHODS[method].measure]
         info = {method: measure(fork, start, question, [1], args)[1]}
     return stream, prune(fork, stream, method, n, info=info)
 

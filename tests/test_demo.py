@@ -8,6 +8,7 @@ from PIL import Image
 
 import demo
 from support import runs
+from support.files import read_image
 from support.pictures import RIGHT, WRONG
 from tokprune import METHODS, InputError, keep, prune
 
@@ -45,7 +46,7 @@ def test_the_bundled_question_tells_methods_apart(shown):
 
 def test_answers_and_kept_tokens_are_those_of_the_five_moves(shown, model):
     """From the image on, for each method anew: nothing of one method reaches the next."""
-    image = runs.read_image(demo.PICTURE)
+    image = read_image(demo.PICTURE)
     for name in ("divprune", "fastv", "sparsevlm"):
         s = model.begin(image, demo.QUESTION)
         s = model.run(s, stop=8)
@@ -56,7 +57,7 @@ def test_answers_and_kept_tokens_are_those_of_the_five_moves(shown, model):
 
 
 def test_the_horizon_is_the_layer_from_which_on_the_answer_stays(shown, model):
-    image = runs.read_image(demo.PICTURE)
+    image = read_image(demo.PICTURE)
     nothing = torch.zeros(0, dtype=torch.long)
     horizon = shown[1]["horizon"]
     for layer in range(horizon - 1, model.num_layers):

@@ -9,6 +9,7 @@ import eval as evaluation
 from support import runs
 from support.benchmarks import images_of, load_benchmark
 from support.checkpoint import read_config
+from support.files import read_image
 from support.records import read_records
 from support.statistics import standard_error
 from tokprune import METHODS, InputError, flops, prefill
@@ -46,7 +47,7 @@ def test_odd_answers_are_counted_over_seeds():
 def test_all_methods_and_layers_are_those_that_fit():
     def cells_of(*flags):
         args = evaluation.parse_arguments(list(flags))
-        return {(cell.row, cell.schedule[0][0]) for cell in evaluation.parse_cells(args, 4)
+        return {(cell.name, cell.schedule[0][0]) for cell in evaluation.parse_cells(args, 4)
                 if cell.schedule}
     every = cells_of("--layer", "all")
     assert {layer for method, layer in every if method == "divprune"} == {0, 1, 2, 3}
@@ -99,8 +100,8 @@ def test_the_one_loop_answers_as_each_schedule_does_on_its_own(positions):
         "random@0:0.5 random@12=5 seed 0", "random@0:0.5 random@12=5 seed 1",
         "fastv@6=7 seed 0", "random@6=7 seed 0", "random@6=7 seed 1",
         "grid@6=40 seed 0", "random@6=40 seed 0", "random@6=40 seed 1"]
-    for question in runs.draw(load_benchmark("textvqa", TINY), 2, 0):
-        image = runs.read_image(question.image)
+    for question in runs.sample(load_benchmark("textvqa", TINY), 2, 0):
+        image = read_image(question.image)
         stream = model.begin(image, question.prompt)
         answers = evaluation.answer_cells(model, stream, question, cells, args)
         for cell in cells:
@@ -212,7 +213,7 @@ def test_differences_are_of_the_scores_in_the_table(main_command):
 
 def test_errors_are_clustered_by_image(unpruned):
     result, records = unpruned["llava"]
-    asked = runs.draw(load_benchmark("mme", TINY), 40, 0)
+    asked = runs.sample(load_benchmark("mme", TINY), 40, 0)
     scores = {record["id"]: record["scores"]["random@0=0 seed 0"] for record in records}
     scores = np.array([100 * scores[question.id] for question in asked])
     by_image = standard_error(scores, images_of(asked))

@@ -53,7 +53,7 @@ BAD_INPUT = [
     ("--budget 1/500 --layer 20", "budget 0.002 does not fit"),
     ("--budget 1/2 --method divprune --layer 5", "budget 0.5 does not fit divprune"),
     # the model
-    ("--model nowhere", "--model nowhere: no such folder"),
+    ("--model nowhere", "nowhere: no such folder"),
     ("--model tests", "config.json: not found"),
     ("--device tpu", "--device tpu: not usable here"),
     ("--device meta", "--device meta: not usable here"),

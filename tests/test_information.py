@@ -206,7 +206,7 @@ def test_hindsight_is_the_attention_of_the_rows_that_write_the_answer(model, sta
 
 
 def test_oracles_are_given_what_they_are_said_to_need(model, start):
-    question = SimpleNamespace(gold="Y", gold_answer="ab")
+    question = SimpleNamespace(gold_normalised="Y", gold_written="ab")
     windows = information.information_of_windows(model, start, question, [1], ARGS)[1]
     maps = information.token_information(model, start, "Y", [1], 2)
     assert windows.equal(information.per_token(maps[0], start.grid, 2))
@@ -216,7 +216,7 @@ def test_oracles_are_given_what_they_are_said_to_need(model, start):
 
 
 def test_the_models_own_answer_is_measured_if_it_gives_one(model, start, monkeypatch):
-    question = SimpleNamespace(id="7", answers=["YES"], gold="YES", gold_answer="YES!")
+    question = SimpleNamespace(id="7", answers=["YES"], gold_normalised="YES", gold_written="YES!")
     unknown = SimpleNamespace(id="8", answers=[])
 
     def measured(question, target, **changes):
@@ -287,4 +287,4 @@ def test_noise_is_measured_of_what_is_reported(model, start, monkeypatch):
 
 def test_a_map_survives_being_written_as_json():
     values = np.random.default_rng(0).random((2, 3, 4), np.float32)
-    assert (information.decode(information.encode(values)) == values).all()
+    assert (information.from_json(information.to_json(values)) == values).all()

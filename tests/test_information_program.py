@@ -101,7 +101,7 @@ def maps_of(out):
 
 
 def drawn(benchmark):
-    return runs.draw(load_benchmark(benchmark, TINY), 1, 0)
+    return runs.sample(load_benchmark(benchmark, TINY), 1, 0)
 
 
 def test_maps_of_every_question_are_stored_and_averaged_in_the_table(measured):
@@ -117,7 +117,7 @@ def test_maps_of_every_question_are_stored_and_averaged_in_the_table(measured):
         means = values.mean((0, 2))
         assert [row["mean"] for row in rows] == pytest.approx(means, abs=1e-6)
         spreads = values.std(2).mean(0)
-        assert [row["std"] for row in rows] == pytest.approx(spreads, abs=1e-6)
+        assert [row["spread"] for row in rows] == pytest.approx(spreads, abs=1e-6)
         mean = re.escape(f"{means[1]:+.4f}")
         assert re.search(rf"^\| 12 \| .* \| {mean} \| ", printed, re.M)
     assert Image.open(out / "information.png").size[0] > 1000
@@ -207,8 +207,8 @@ def test_two_processes_measure_the_same_information(measured, tmp_path):
 
 def test_arrays_survive_as_json():
     values = np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4)
-    stored = json.loads(json.dumps(information.encode(values)))
-    assert np.array_equal(information.decode(stored), values)
+    stored = json.loads(json.dumps(information.to_json(values)))
+    assert np.array_equal(information.from_json(stored), values)
 
 
 # ---- eval.py --layer horizon ---------------------------------------------------------------------
@@ -218,8 +218,8 @@ def test_layer_horizon_is_measured_on_questions_drawn_by_seed_and_scores_others(
     flags = ["--layer", "horizon", "--ratio", 1, "--method", "random", "--limit", 2, "--bench",
              "mme", "--calibrate", 4, "--seed", 3, "--threshold", 0.0002]
     known = load_benchmark("mme", TINY)
-    drawn = {question.id for question in runs.draw(known, 4, 3)}
-    assert drawn != {question.id for question in runs.draw(known, 4, 0)}
+    drawn = {question.id for question in runs.sample(known, 4, 3)}
+    assert drawn != {question.id for question in runs.sample(known, 4, 0)}
     image_of = {question.id: question.image for question in known}
     layers = {}
     for rule in ("divergence", "score"):
@@ -247,7 +247,7 @@ def test_horizon_in_a_schedule_stands_for_the_measured_layer():
     args = evaluation.parse_arguments(["--schedule", "divprune@0=9 random@horizon=0"])
     assert evaluation.asks_for_horizon(args)
     cells = evaluation.parse_cells(args, 24, horizon_layer=17)
-    assert cells[2].row == "divprune@0=9 random@17=0"
+    assert cells[2].name == "divprune@0=9 random@17=0"
     args = evaluation.parse_arguments(["--budget", "1/3"])
     assert evaluation.asks_for_horizon(args)
     assert evaluation.parse_cells(args, 24, 17, N=64)[-1].schedule[-1] == (17, "random", 1.0)

@@ -144,7 +144,8 @@ def test_benchmarks_need_not_have_the_same_rows(tmp_path):
 # ---- information ---------------------------------------------------------------------------------
 
 def information(means, horizon_layer=2, scores=(0.0, 50.0, 100.0)):
-    rows = [{"layer": layer, "mean": mean, "std": 0.3, "standard_errors": {"mean": 0.0, "std": 0.0}}
+    errors = {"mean": 0.0, "spread": 0.0}
+    rows = [{"layer": layer, "mean": mean, "spread": 0.3, "standard_errors": errors}
             for layer, mean in enumerate(means)]
     return {"x": {"information": rows, "horizon": {
         "layer": horizon_layer, "low": 1.0, "high": 2.0, "scores": list(scores),

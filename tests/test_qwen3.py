@@ -166,7 +166,7 @@ def test_the_frequencies_of_t_row_and_column_take_turns(model, monkeypatch):
     def turned(axis):
         pos = torch.zeros(3, 1, 1)
         pos[axis] = 1
-        cos, _ = model.rope(pos, torch.float64)
+        cos, _ = model.cos_sin(pos, torch.float64)
         return [i for i in range(8) if cos[0, 0, 0, i] != 1]
     assert [turned(0), turned(1), turned(2)] == [[0, 3, 6, 7], [1, 4], [2, 5]]
 

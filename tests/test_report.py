@@ -32,9 +32,9 @@ def test_numbers_and_differences_are_short_and_what_is_not_known_is_a_dash():
 
 def test_the_head_says_how_much_is_asked_and_shows_the_prompt(capsys):
     known = [SimpleNamespace(image=i // 2, prompt=f"q{i}", group="count") for i in range(6)]
-    prompt = report.print_head("mme", known[:4], known, "USER: {question}\nASSISTANT:")
+    prompt = report.print_asked("mme", known[:4], known, "USER: {question}\nASSISTANT:")
     assert prompt == "USER: q0\nASSISTANT:"
-    report.print_head("own.jsonl", known, known, "{question}")
+    report.print_asked("own.jsonl", known, known, "{question}")
     printed = capsys.readouterr().out
     assert ("mme: partial, 4 of its 6 questions, 2 images, 1 of 14 subtasks; the first prompt: "
             '"USER: q0\\nASSISTANT:"') in printed
@@ -146,7 +146,7 @@ def test_a_sweep_says_what_the_paper_asks_of_it(capsys):
                               "| 1 | 45.0 | 40.0 | 60.0 | 90.0 |\n")
     assert "no method beats random from layer 2 on" in printed
     assert "largest lead over random is +20.0 [+10.0, +30.0], dart at layer 1" in printed
-    assert "0 of 2 cells are below random by a whole interval; by chance one expects 0." in printed
+    assert "0 of 2 cells are below random, their whole interval under 0; by chance one expects" in printed
     assert "from layer 2 on every method is within [-1.0, +2.0] of random" in printed
     assert "methods beat dropping everything at layer 1 (dart)." in printed
     assert "no method is shown to lose to dropping everything at any layer." in printed
@@ -199,7 +199,7 @@ def test_negative_information_is_said_where_a_whole_interval_is(capsys):
         vanishes=22)
     printed = capsys.readouterr().out
     assert "under 1 % of layer 1's from layer 22 on" in printed
-    assert "at layer 17 it is negative by a whole interval" in printed
+    assert "at layer 17 it is negative, its whole interval under 0" in printed
     report.print_information_verdict("mme", [at(1, 0.2, 0.01)], vanishes=None)
     assert capsys.readouterr().out == "mme: mean information is under 1 % of layer 1's nowhere " \
                                       "(our rule).\n"

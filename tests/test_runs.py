@@ -196,7 +196,7 @@ def test_a_question_that_memory_is_too_small_for_is_failed_and_the_others_go_on(
     and asked again by the same command."""
     want = of_benchmark(alone[2] / "answers.jsonl", "mme")
     answered = evaluation.answer_cells
-    read = runs.read_image
+    read = evaluation.read_image
 
     def answer_cells(model, stream, question, *rest):
         if question.id == want[0]["id"]:
@@ -210,7 +210,7 @@ def test_a_question_that_memory_is_too_small_for_is_failed_and_the_others_go_on(
             raise MemoryError
         return read(file)
     monkeypatch.setattr(evaluation, "answer_cells", answer_cells)
-    monkeypatch.setattr(runs, "read_image", read_image)
+    monkeypatch.setattr(evaluation, "read_image", read_image)
     monkeypatch.setattr(sys, "argv", ["eval.py"])
     printed, result = run(evaluation.main, *MME, "--workers", 1, out=tmp_path)
     said = capsys.readouterr().err
@@ -257,12 +257,12 @@ def test_questions_are_drawn_by_seed_in_whole_images():
     known = load_benchmark("mme", ROOT / "tiny")
     chosen = {}
     for seed in (0, 1):
-        drawn = runs.draw(known, 5, seed)
+        drawn = runs.sample(known, 5, seed)
         assert len(drawn) == 6 and drawn == [q for q in known if q in drawn]
         assert len({question.image for question in drawn}) == 3
         chosen[seed] = {question.id for question in drawn}
     assert chosen[0] != chosen[1]
-    assert runs.draw(known, 5, 1) == drawn and runs.draw(known, None, 0) == known
+    assert runs.sample(known, 5, 1) == drawn and runs.sample(known, None, 0) == known
 
 
 def test_another_method_under_the_same_name_is_not_taken_for_the_old_one(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def test_mean_visual_tokens_of_the_papers_schedules(schedule, mean):
 @pytest.mark.parametrize("amount, N, kept", [(0.9, 64, 6), (0.0, 64, 64), (1.0, 64, 0),
                                              (0, 64, 0), (1, 64, 1), (100, 64, 64)])
 def test_an_int_is_how_many_are_kept_and_a_float_the_share_that_leaves(amount, N, kept):
-    assert tokprune.count(amount, N) == kept
+    assert tokprune.number_kept(amount, N) == kept
 
 
 def test_tokens_that_left_do_not_come_back():
@@ -58,7 +58,7 @@ def test_tokens_that_left_do_not_come_back():
 def test_a_third_is_divided_as_the_official_code_divides_it(method, first, kept, past):
     """576 tokens, 32 layers; its 38 for DART is 39 where the method alone is rounded up."""
     schedule = at_budget(method, 1 / 3, 20, 576, 32)[1]
-    found = [(layer, name, tokprune.count(amount, 576)) for layer, name, amount in schedule]
+    found = [(layer, name, tokprune.number_kept(amount, 576)) for layer, name, amount in schedule]
     assert found == [(first, method, kept), (20, "random", past)]
 
 
@@ -67,7 +67,7 @@ def test_a_budget_is_kept_to_the_token_and_its_schedule_can_be_typed(N):
     """Qwen sees an image as 16,384 tokens at most."""
     for n in range(1, N, 1 if N < 1000 else 7):
         ratio = tokprune.fraction_removed(n, N)
-        assert tokprune.count(ratio, N) == n
+        assert tokprune.number_kept(ratio, N) == n
         assert parse_schedule(tokprune.format_schedule([(2, "dart", ratio)]))[0][2] == ratio
 
 

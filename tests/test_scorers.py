@@ -77,12 +77,13 @@ def test_exact_is_equality_but_for_case_and_final_full_stops(answer, points):
 def test_gold_is_the_best_scoring_answer_and_as_a_whole_as_it_was_written():
     """"acme" has four of ten, once an article is dropped; "x" comes first and has three."""
     answers = ["x"] * 3 + ["Acme"] * 3 + ["The acme"] + ["y"] * 3
-    assert about(answers, "vqa").gold == "acme"
-    assert about(answers, "vqa").gold_answer == "Acme"
+    assert about(answers, "vqa").gold_normalised == "acme"
+    assert about(answers, "vqa").gold_written == "Acme"
     thousand = about(["1,000"] * 3 + ["1000"] * 2 + ["10"] * 5, "vqa")
-    assert thousand.gold == "1000" and thousand.gold_answer == "10"
-    assert about(["1,000"] * 6 + ["1000"] * 4, "vqa").gold_answer == "1,000"
-    assert about(["yes"], "yesno").gold == "Yes" and about(["B"], "choice").gold_answer == "B"
+    assert thousand.gold_normalised == "1000" and thousand.gold_written == "10"
+    assert about(["1,000"] * 6 + ["1000"] * 4, "vqa").gold_written == "1,000"
+    assert about(["yes"], "yesno").gold_normalised == "Yes"
+    assert about(["B"], "choice").gold_written == "B"
 
 
 def mme(right):

@@ -136,7 +136,7 @@ def test_information_by_layer_is_signed_and_averaged_over_questions():
     first, second = information_by_layer(maps, np.arange(2), [4, 9])
     assert (first["layer"], second["layer"]) == (4, 9)
     assert first["mean"] == pytest.approx((0.1 + 0.5) / 2)
-    assert first["std"] == pytest.approx((0.2 + 0.0) / 2)
+    assert first["spread"] == pytest.approx((0.2 + 0.0) / 2)
     assert first["share"] == 1 and first["negative"] == 0.25
     assert second["mean"] == pytest.approx(-0.05)
     assert second["negative"] == second["share"] == 0.25

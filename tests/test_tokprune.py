@@ -33,7 +33,7 @@ def drawn_segment(view, n):
 
 
 # methods that act on a stream as it is: for tests that need some set of rows, whichever
-FREE = [name for name, method in METHODS.items() if not (method.needs_layer or method.info)]
+FREE = [name for name, method in METHODS.items() if not (method.needs_layer or method.measure)]
 DRAWS = next(name for name, method in METHODS.items() if method.draws)
 ADDED = {"every-third": Method(every_third, "#008080"),
          "merged": Method(merged_into_one, "#808000", merges=True),
@@ -70,8 +70,8 @@ def info(start):
     """Made up: of each token, or of each token and each of three answer tokens."""
     g = torch.Generator().manual_seed(0)
     shapes = {"windows": (start.N,), "tokens": (start.N, 3), "attention": (start.N, 3)}
-    return {name: torch.randn(shapes[method.info], generator=g)
-            for name, method in METHODS.items() if method.info}
+    return {name: torch.randn(shapes[method.measure], generator=g)
+            for name, method in METHODS.items() if method.measure}
 
 
 def heads(model):
@@ -244,7 +244,7 @@ def test_a_method_that_needs_a_layer_or_a_measurement_says_so(model, start, reac
             prune(model, again, method, 3)
     else:
         assert prune(model, start, method, 5, info=info).visual[1] == 5
-    if METHODS[method].info:
+    if METHODS[method].measure:
         with pytest.raises(InputError, match=f"{method} needs its .* measured beforehand"):
             prune(model, reached, method, 5)
 
@@ -260,7 +260,7 @@ def test_a_view_shows_the_layer_before_and_the_tokens_that_are_left(request, mod
     H, G, D = heads(model)
     T = before.x.shape[1]
     y = layer.input_layernorm(before.x)
-    rope = model.rope(before.pos, torch.float32)
+    rope = model.cos_sin(before.pos, torch.float32)
     a = layer.self_attn
     q = a.q_proj(y).view(1, T, H, D)
     k = a.k_proj(y).view(1, T, G, D)

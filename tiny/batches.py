@@ -65,7 +65,9 @@ class Batches(torch.utils.data.Dataset):
         -> ids (T), positions (axes, T), block (T), targets (T). block: 0 for the shared beginning,
         the question's number, -1 for padding.
         """
-        ids, block, targets, pos, next_pos = [], [], [], None, 0
+        ids = []
+        block = []
+        targets = []
         asked = training_questions(rng, scene, self.stage.asked, self.stage.words_first)
         for number, (question, answer) in enumerate(asked, 1):
             if rng.random() >= 0.2:             # some without, so that the answer does not need it

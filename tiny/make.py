@@ -92,7 +92,7 @@ def train_llava(device: torch.device) -> model_llava.Llava:
         if stage.name == "deep":
             model = double(model, make_llava).to(device)
             speed_up(model.vision_tower.encoder.layers)
-        if stage.name == "shapes":      # begun later, from the weights in the repository
+        if stage.name == "shapes":      # begun from the exported weights, which are bfloat16
             for p in model.parameters():
                 p.data = p.data.bfloat16().float()
         train(model, loss, batches, device)

@@ -92,7 +92,8 @@ def ask_relation(rng, scene: Scene) -> list:
     pairs = []
     for a in scene.shapes:
         for b in scene.shapes:
-            (ax, ay), (bx, by) = center(a.box), center(b.box)
+            ax, ay = center(a.box)
+            bx, by = center(b.box)
             if bx - ax > APART:
                 pairs.append((a.name, b.name, "on the left side of", "on the right side of"))
             if by - ay > APART:

@@ -48,7 +48,7 @@ def draw_scene(rng: random.Random, test: bool, size: tuple[int, int] = SQUARE[0]
         word_colors = rng.sample(COLORS, rng.choice([1, 2]))
         texts = [new_word(rng, test) for _ in word_colors]
         names = rng.sample(SHAPES, rng.randint(1, 4))
-        shape_colors = rng.choices(COLORS, k=4)
+        shape_colors = rng.choices(COLORS, k=4)         # always 4: fewer change every later draw
         sides = [(rng.randint(14, 16) * len(text), rng.randint(19, 23)) for text in texts]
         for _ in names:
             side = rng.randint(16, 28)
@@ -81,7 +81,7 @@ def find_room(rng: random.Random, sides: list, size: tuple[int, int]) -> list[tu
     """A box for each width and height, no two touching; fewer boxes where there is no room."""
     boxes = []
     for w, h in sides:
-        if w + 2 > size[0]:
+        if w + 2 > size[0]:                             # every image is high enough
             break
         for _ in range(60):
             x = rng.randint(1, size[0] - w - 1)

@@ -91,7 +91,7 @@ def answer_loss(model, layer: Callable, grid, pixels, ids, pos, block, targets) 
     V = features.shape[1]
     x = decoder.embed_tokens(ids)
     x = torch.cat([x[:, :first], features.to(x.dtype), x[:, first + V:]], 1)
-    rope = model.rope(pos, torch.bfloat16)
+    rope = model.cos_sin(pos, torch.bfloat16)
     mask = visible(block)
     for module in decoder.layers:
         x = layer(module, x, rope, mask, rotate)
