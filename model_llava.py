@@ -508,8 +508,7 @@ def load(path, device=None, dtype=None) -> Llava:
     device, dtype = checkpoint.device_and_dtype(device, dtype)
     config = read_config(path)
     tokenizer = checkpoint.read_tokenizer(path)
-    with torch.device("meta"):
-        model = Llava(config, tokenizer, checkpoint.read_eos(path, EOS))
+    model = checkpoint.empty(Llava, config, tokenizer, checkpoint.read_eos(path, EOS))
     unused = range(config.vision_blocks, config.vision.num_hidden_layers)
     ignored = IGNORED
     for block in unused:                                # after the feature layer, never built

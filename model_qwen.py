@@ -614,8 +614,7 @@ def load(path, device=None, dtype=None, min_pixels: int | None = None,
         raise InputError(f"min_pixels is {config.min_pixels}, max_pixels {config.max_pixels}; want "
                          "min_pixels <= max_pixels")
     tokenizer = checkpoint.read_tokenizer(path)
-    with torch.device("meta"):
-        model = Qwen(config, tokenizer, checkpoint.read_eos(path, EOS))
+    model = checkpoint.empty(Qwen, config, tokenizer, checkpoint.read_eos(path, EOS))
     tied = None
     if config.tie_word_embeddings:                      # 3B stores one matrix for both
         tied = ("model.embed_tokens.weight", "lm_head.weight")

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
+from torch import nn
 
 from support.files import read_json
 from tokprune import InputError
@@ -195,6 +196,21 @@ def read_eos(path: Path, default: list[int]) -> set[int]:
 
 
 # ---- weights -------------------------------------------------------------------------------------
+
+def empty(model_class, *args):
+    """model_class(*args) on the meta device, for `load_weights` to fill.
+
+    nn.Embedding would draw its weights even there, by a part of torch that takes most of a second
+    to import.
+    """
+    draw = nn.Embedding.reset_parameters
+    nn.Embedding.reset_parameters = lambda embedding: None
+    try:
+        with torch.device("meta"):
+            return model_class(*args)
+    finally:
+        nn.Embedding.reset_parameters = draw
+
 
 def load_weights(model, path: Path, device, dtype, renames: list, ignored: str,
                  tied: tuple[str, str] | None):

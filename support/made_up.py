@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from support.checkpoint import module_of
+from support.checkpoint import empty, module_of
 
 QUESTION = ("What is written on the sign above the door, and which of the two people in front of "
             "it looks at the other one?")
@@ -110,8 +110,7 @@ def write_checkpoint(folder: Path, kind: str, layers: int, small: bool = False) 
     special = "<image>" if kind == "llava" else "<|image_pad|>"
     write_config(folder, config | {name: tokenizer.token_to_id(special)})
     model_class = module.load.__annotations__["return"]
-    with torch.device("meta"):
-        model = model_class(module.read_config(folder), None, set())
+    model = empty(model_class, module.read_config(folder), None, set())
     return write_shards(folder, dict(model.named_parameters()))
 
 

@@ -213,7 +213,7 @@ def test_differences_are_of_the_scores_in_the_table(main_command):
 
 def test_errors_are_clustered_by_image(unpruned):
     result, records = unpruned["llava"]
-    asked = runs.sample(load_benchmark("mme", TINY), 40, 0)
+    asked = runs.sample(load_benchmark("mme", TINY), 24, 0)
     scores = {record["id"]: record["scores"]["random@0=0 seed 0"] for record in records}
     scores = np.array([100 * scores[question.id] for question in asked])
     by_image = standard_error(scores, images_of(asked))
@@ -262,13 +262,13 @@ def test_answers_of_a_run_scored_again_get_the_same_scores(main_command, run, tm
 
 @pytest.fixture(scope="module")
 def unpruned(run, tmp_path_factory):
-    """Each built-in model on about 40 questions of each benchmark, with all of the image and with
+    """Each built-in model on about 24 questions of each benchmark, with all of the image and with
     none: {model: (result, records)}."""
     found = {}
     for name in BARS:
         out = tmp_path_factory.mktemp(name)
         _, result = run(evaluation.main, "--model", TINY / name, "--schedule", "random@0=0",
-                        "--limit", 40, out=out)
+                        "--limit", 24, out=out)
         found[name] = result, records_of(out)
     return found
 

@@ -1,8 +1,7 @@
 """information.py as a program, and the horizon that eval.py asks it for."""
 import json
 import re
-import subprocess
-import sys
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image
 
 import eval as evaluation
 import information
-from support import runs
+from support import records, runs
 from support.benchmarks import Question, load_benchmark
 from support.records import read_records
 from tokprune import InputError
@@ -40,13 +39,13 @@ def calibrate(monkeypatch, tmp_path, args, works_from=2, failing=()):
     questions = [Question(str(i), ROOT / f"{i}.jpg", "?", ["x"], "exact") for i in range(6)]
 
     def measure_horizon(model, benchmark, chosen, args, folder):
-        records = []
+        found = []
         for question in chosen:
             scores = {str(layer): float(layer >= works_from) for layer in range(4)}
             nats = [4.0, 1.0, 0.1, 0.001]
             record = {"scores": scores | {"unpruned": 1.0}, "divergence": nats}
-            records.append(None if question.id in failing else record)
-        return records
+            found.append(None if question.id in failing else record)
+        return found
     monkeypatch.setattr(information, "measure_horizon", measure_horizon)
     return information.calibrate(Model, "mine", questions, args, tmp_path)
 
@@ -127,16 +126,16 @@ def test_maps_of_every_question_are_stored_and_averaged_in_the_table(measured):
 def test_both_horizons_are_read_off_the_records(measured):
     printed, result, out = measured
     for benchmark in BENCHMARKS:
-        records = [record for record in read_records(out / "answers.jsonl")
+        asked = [record for record in read_records(out / "answers.jsonl")
                    if record["benchmark"] == benchmark]
         horizons = result["benchmarks"][benchmark]["horizons"]
-        scores = {key: np.mean([record["scores"][key] for record in records])
-                  for key in records[0]["scores"]}
+        scores = {key: np.mean([record["scores"][key] for record in asked])
+                  for key in asked[0]["scores"]}
         full = scores.pop("unpruned")
         curve = [scores[str(layer)] for layer in range(24)]
         assert horizons["score"]["layer"] == information.horizon(curve, full)
         assert horizons["score"]["scores"] == pytest.approx([100 * value for value in curve])
-        divergence = np.mean([record["divergence"] for record in records], 0)
+        divergence = np.mean([record["divergence"] for record in asked], 0)
         layer = information.divergence_horizon(divergence)
         assert horizons["divergence"]["layer"] == layer
         assert horizons["divergence"]["nats"] == pytest.approx(divergence.tolist())
@@ -191,18 +190,17 @@ def test_an_interrupted_run_measures_the_other_questions_alone(run, measured, tm
     assert all(np.array_equal(values, again[key]) for key, values in maps_of(folder).items())
 
 
-def test_two_processes_measure_the_same_information(measured, tmp_path):
-    _, want, folder = measured
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", ROOT / "information.py", *FLAGS, "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["benchmarks"] == want["benchmarks"] and result["processes"] == 2
-    two = maps_of(tmp_path)
-    assert all(np.array_equal(values, two[key]) for key, values in maps_of(folder).items())
-    assert done.stdout.count("| mme, layer |") == 1, "one process speaks for all"
-    assert not list(tmp_path.glob("*rank*"))
+def test_of_several_processes_the_first_alone_writes_what_all_have_measured(
+        measured, tmp_path, monkeypatch, capsys):
+    """As a second process, when every question is answered. test_runs.py has torchrun."""
+    _, _, folder = measured
+    for name in ("settings.json", "answers.jsonl"):
+        shutil.copy(folder / name, tmp_path)
+    for module in (information, records, runs):
+        monkeypatch.setattr(module, "RANK", 1)
+    assert information.main([*FLAGS, "--out", str(tmp_path)]) == 0
+    assert "result:" not in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "answers.jsonl"}
 
 
 def test_arrays_survive_as_json():
