@@ -51,7 +51,7 @@ def token_information(model, stream: Stream, answer: str, layers: list[int], win
     mode "leave-one-out", as its abstract reads:    I(w, K) = P(y | all) - P(y | all but w)
     target "first", the paper's: y is the first token of the answer, at the last prompt row.
     "answer", ours: the sum over the answer's tokens of P(y_t | y_<t), teacher-forced. "each": the
-    same terms, not summed: (len(layers), rows, cols, tokens).
+    same terms, not summed, and one more, that the answer ends: (len(layers), rows, cols, tokens+1).
 
     All layers share one unpruned run. Rows before every removed token are not computed again: their
     keys and values come from it. Raises InputError.
@@ -65,18 +65,22 @@ def token_information(model, stream: Stream, answer: str, layers: list[int], win
         raise InputError(f"information: the answer {answer!r} has no token; want one at least")
     if target == "first":
         ids = ids[:1]
-    streams = inputs_of_layers(model, with_answer(model, stream, ids[:-1]), layers)
+    said = [[token] for token in ids]
+    if target == "each":
+        said.append(sorted(model.eos))
+    prompt = with_answer(model, stream, [tokens[0] for tokens in said[:-1]])
+    streams = inputs_of_layers(model, prompt, layers)
     full = model.run(streams[-1])
     groups = groups_of_windows(stream.grid, window, mode)
-    values = torch.zeros(len(streams), sum(len(group.windows) for group in groups), len(ids))
+    values = torch.zeros(len(streams), sum(len(group.windows) for group in groups), len(said))
     for group in groups:
         values[:, group.windows] = probabilities_left(
-            model, streams, full, group.prefix, group.kept, ids, max_batch_tokens)
+            model, streams, full, group.prefix, group.kept, said, max_batch_tokens)
     if mode == "keep-one":
         nothing = torch.zeros(1, 0, dtype=torch.long)
-        values -= probabilities_left(model, streams, full, 0, nothing, ids, max_batch_tokens)
+        values -= probabilities_left(model, streams, full, 0, nothing, said, max_batch_tokens)
     else:
-        values = probabilities(model, full, ids).cpu() - values
+        values = probabilities(model, full, said).cpu() - values
     place = {stream.layer: i for i, stream in enumerate(streams)}
     values = values[[place[layer] for layer in layers]]
     rows, cols = stream.grid
@@ -109,18 +113,18 @@ def inputs_of_layers(model, stream: Stream, layers: list[int]) -> list[Stream]:
 
 
 def probabilities_left(model, streams: list[Stream], full: Stream, prefix: int, kept: Tensor,
-                       ids: list[int], max_batch_tokens: int) -> Tensor:
-    """(layers, windows, tokens): P(y_t) where, from the layer of each stream on, the first `prefix`
-    visual tokens and those of `kept` are left. kept: (windows, n), counted from `prefix`.
+                       said: list[list[int]], max_batch_tokens: int) -> Tensor:
+    """(layers, windows, tokens): `probabilities` where, from the layer of each stream on, the first
+    `prefix` visual tokens and those of `kept` are left. kept: (windows, n), counted from `prefix`.
     """
     _, V = full.visual
     rows = full.x.shape[1] - V + prefix + kept.shape[1]
     room = max(1, max_batch_tokens // rows)                     # variants in a batch
-    values = torch.zeros(len(streams), len(kept), len(ids))
+    values = torch.zeros(len(streams), len(kept), len(said))
     for some_layers, some_windows in batches(len(streams), len(kept), room):
         together = streams[some_layers]
         ends = run_together(model, together, full, prefix, kept[some_windows])
-        found = probabilities(model, ends, ids).cpu()
+        found = probabilities(model, ends, said).cpu()
         values[some_layers, some_windows] = found.unflatten(0, (len(together), -1))
     return values
 
@@ -172,12 +176,13 @@ def join(a: Stream, b: Stream) -> Stream:
                    origin=torch.cat([a.origin, b.origin]), queries=None)
 
 
-def probabilities(model, stream: Stream, ids: list[int]) -> Tensor:
-    """(B, tokens) float32: P of each token of the answer. The stream ends with all but the last."""
+def probabilities(model, stream: Stream, said: list[list[int]]) -> Tensor:
+    """(B, tokens) float32: P of each token of the answer, which the stream ends with, but for the
+    last. said: a token's ids; the end of an answer has several, whose probabilities add up."""
     columns = []
-    for t, token in enumerate(ids):
-        logits = model.logits(stream, row=t - len(ids))
-        columns.append(logits.softmax(-1)[:, token])
+    for t, ids in enumerate(said):
+        logits = model.logits(stream, row=t - len(said))
+        columns.append(logits.softmax(-1)[:, ids].sum(-1))
     return torch.stack(columns, 1)
 
 
@@ -276,7 +281,7 @@ def information_of_windows(model, stream: Stream, question, layers: list[int], a
 
 
 def information_of_tokens(model, stream: Stream, question, layers: list[int], args) -> dict:
-    """(N, t): every token of the answer, of single visual tokens."""
+    """(N, t): every token of the answer and its end, of single visual tokens."""
     answer = answer_to_measure(model, stream, question, "answer", args)
     values = token_information(model, stream, answer, layers, window=1, target="each",
                                max_batch_tokens=args.max_batch_tokens)

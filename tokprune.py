@@ -15,7 +15,7 @@ and an entry in METHODS.
 A model is one file. It has to hold
     PROMPT, load(path, device=None, dtype=None) -> model
 and the model, an nn.Module,
-    num_layers, config.text, tokenizer
+    num_layers, config.text, tokenizer, eos (the ids that end an answer)
     preprocess(image)                       what `begin` takes in place of a PIL image
     canvas(image)                           the PIL image that the visual tokens tile
     begin(image, question)                  -> Stream at layer 0, B = 1
@@ -477,7 +477,7 @@ def most_informative(view: View, n: int) -> Tensor:
 
 
 def take_turns(view: View, n: int) -> Tensor:
-    """The tokens of an answer, columns of View.info (V, t), take turns: each picks the visual token
+    """Tokens of an answer, columns of View.info (V, t), take turns: each picks the visual token
     of the highest value in its column that is not yet picked, ties to the lowest index."""
     columns = view.info.float().clone()
     picked = []

@@ -134,14 +134,16 @@ INFORMATION = {
         "values.sum(-1)", "values[..., -1]"),
     "every token of the answer for the first": ("        ids = ids[:1]\n", "        pass\n"),
     "the answer's last token is fed too": (
-        "with_answer(model, stream, ids[:-1]), layers)",
-        "with_answer(model, stream, ids), layers)"),
+        "[tokens[0] for tokens in said[:-1]]", "[tokens[0] for tokens in said]"),
+    "no turn for the end of the answer": ('if target == "each":\n', "if False:\n"),
+    "the end of the answer is one id": ("said.append(sorted(model.eos))",
+                                        "said.append(sorted(model.eos)[:1])"),
     "keep-one without its baseline": (
         "values -= probabilities_left(model, streams, full, 0, nothing",
         "values -= 0 * probabilities_left(model, streams, full, 0, nothing"),
     "leave-one-out with the other sign": (
-        "values = probabilities(model, full, ids).cpu() - values",
-        "values = values - probabilities(model, full, ids).cpu()"),
+        "values = probabilities(model, full, said).cpu() - values",
+        "values = values - probabilities(model, full, said).cpu()"),
     "layers in ascending order, not as asked": (
         "values[[place[layer] for layer in layers]]", "values"),
     "tokens without a grid": ("    if stream.N != rows * cols:\n", "    if False:\n"),
@@ -172,8 +174,8 @@ INFORMATION = {
     "positions joined the other way": (
         "torch.cat([a.pos, b.pos], -2)", "torch.cat([b.pos, b.pos], -2)"),
     "every token's probability at the last row": (
-        "logits = model.logits(stream, row=t - len(ids))", "logits = model.logits(stream)"),
-    "probabilities without a softmax": ("logits.softmax(-1)[:, token]", "logits[:, token]"),
+        "logits = model.logits(stream, row=t - len(said))", "logits = model.logits(stream)"),
+    "probabilities without a softmax": ("logits.softmax(-1)[:, ids]", "logits[:, ids]"),
     "leave-one-out computes everything again": (
         "prefix = int(tokens[0]) // strip * strip", "prefix = 0"),
     "groups by size alone": (

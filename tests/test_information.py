@@ -40,13 +40,18 @@ def answer(model, start):
 
 
 def naive(model, start, layer, tokens, ids):
-    """P(y_t) of each token: everything before it a prompt, through plain removal at `layer`."""
+    """P(y_t) of each token and of the answer's end: everything before it a prompt, through plain
+    removal at `layer`."""
     values = []
-    for t, token in enumerate(ids):
+    for t in range(len(ids) + 1):
         stream = information.with_answer(model, start, ids[:t])
         kept = torch.tensor(tokens, dtype=torch.long)
         stream = model.run(keep(model.run(stream, stop=layer), kept))
-        values.append(model.logits(stream).softmax(-1)[0, token])
+        probability = model.logits(stream).softmax(-1)[0]
+        if t < len(ids):
+            values.append(probability[ids[t]])
+        else:
+            values.append(sum(probability[end] for end in model.eos))
     return torch.stack(values)
 
 
@@ -58,10 +63,10 @@ def test_information_equals_the_naive_loop(model, start, answer, window, bound, 
     ids = model.answer_ids(answer)
     layers = [2, 0]
     maps = token_information(model, start, answer, layers, window, mode, "each", bound)
-    assert maps.shape == (2, -(-rows // window), -(-cols // window), len(ids))
+    assert maps.shape == (2, -(-rows // window), -(-cols // window), len(ids) + 1)
     whole = token_information(model, start, answer, layers, window, mode, "answer", bound)
     first = token_information(model, start, answer, layers, window, mode, "first", bound)
-    torch.testing.assert_close(whole, maps.sum(-1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(whole, maps[..., :-1].sum(-1), rtol=0, atol=1e-6)
     torch.testing.assert_close(first, maps[..., 0], rtol=0, atol=1e-6)
     everything = list(range(rows * cols))
     for i, layer in enumerate(layers):

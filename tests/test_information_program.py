@@ -127,7 +127,7 @@ def test_both_horizons_are_read_off_the_records(measured):
     printed, result, out = measured
     for benchmark in BENCHMARKS:
         asked = [record for record in read_records(out / "answers.jsonl")
-                   if record["benchmark"] == benchmark]
+                 if record["benchmark"] == benchmark]
         horizons = result["benchmarks"][benchmark]["horizons"]
         scores = {key: np.mean([record["scores"][key] for record in asked])
                   for key in asked[0]["scores"]}
