@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from information import MEASURES, calibrate
+from information import MEASURES, calibrate, first_token_is_blank
 from support import report, runs
 from support.answers import score_answers
-from support.benchmarks import TOTALS, Question, images_of, paths_under, score
+from support.benchmarks import TOTALS, Question, images_of, is_overlong, paths_under, score
 from support.files import read_image
 from support.pictures import plot
 from support.records import RANK, collect
@@ -173,7 +173,7 @@ def summarise(model, benchmark: str, questions: list[Question], records: list,
         row |= differences(group[0], means, image)
         row |= costs(model, group[0], answered)
         row["totals"] = totals(benchmark, questions, scores[schedule])
-        row |= odd_answers(group, records)
+        row |= odd_answers(group, questions, records)
         rows.append(row)
     return rows
 
@@ -244,14 +244,18 @@ def totals(benchmark: str, questions: list[Question], of_seeds: list[list[float]
     return means
 
 
-def odd_answers(group: list[Cell], records: list) -> dict:
-    """How many answers are empty, cannot be read by the metric, or failed for want of memory."""
-    counts = {"empty": 0, "unparsed": 0, "failed": sum(record is None for record in records)}
-    for record in records:
+def odd_answers(group: list[Cell], questions: list[Question], records: list) -> dict:
+    """How many answers failed for want of memory, are empty, cannot be read by the metric, or begin
+    with a right one and go on."""
+    failed = sum(record is None for record in records)
+    counts = {"failed": failed, "empty": 0, "unparsed": 0, "overlong": 0}
+    for question, record in zip(questions, records):
         for cell in group:
             if record:
+                parsed = record["parsed"][cell.key]
                 counts["empty"] += not record["answers"][cell.key].strip()
-                counts["unparsed"] += record["parsed"][cell.key] is None
+                counts["unparsed"] += parsed is None
+                counts["overlong"] += is_overlong(parsed, question)
     return counts
 
 
@@ -415,7 +419,7 @@ def main(argv: list[str]) -> int:
     settings = runs.settings_of(args, model, data)
     out = runs.open_folder(args, settings)
     result = settings | runs.provenance(args, model, data)
-    result |= {"prompts": {}, "horizon": {}, "benchmarks": {}, "failed": 0}
+    result |= {"prompts": {}, "horizon": {}, "benchmarks": {}, "blank": {}, "failed": 0}
     for benchmark, questions in data.items():
         run_benchmark(model, benchmark, questions, args, out, result)
     print(f"{runs.where(model)}; repetition penalty {args.repetition_penalty:g}; answers in {out}")
@@ -456,6 +460,11 @@ def run_benchmark(model, benchmark: str, known: list[Question], args, out: Path,
         report.print_table(benchmark, rows)
         report.print_verdict(benchmark, rows, len({question.image for question in questions}))
     report.print_odd(benchmark, rows)
+    measured = [METHODS[method].measure for cell in cells for _, method, _ in cell.schedule]
+    if "windows" in measured:                           # of the answer's first token
+        blank = sum(first_token_is_blank(model, question) for question in questions)
+        result["blank"][benchmark] = blank
+        report.print_blank(benchmark, blank, len(questions))
 
 
 if __name__ == "__main__":

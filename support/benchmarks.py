@@ -466,6 +466,14 @@ def score(answer: str, question: Question) -> tuple[str | None, float]:
     return parsed, float(agreeing > 0)
 
 
+def is_overlong(parsed: str | None, question: Question) -> bool:
+    """Whether what the metric reads in an answer begins with a right one and goes on."""
+    right = [METRICS[question.metric](answer) for answer in question.answers]
+    if parsed is None or parsed in right:
+        return False
+    return any(gold and parsed.startswith(gold) for gold in right)
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 def load_benchmark(name: str, data: Path, style: str | None = None, images: bool = True,

@@ -91,12 +91,23 @@ def print_table(benchmark: str, rows: list[dict]):
     print()
 
 
+ODD = {"failed": "failed answers", "empty": "empty answers", "unparsed": "unparsed answers",
+       "overlong": "answers that begin with a right one and go on"}
+
+
 def print_odd(benchmark: str, rows: list[dict]):
-    """Answers that failed, that are empty, or that the metric cannot read, where there are any."""
-    for kind in ("failed", "empty", "unparsed"):
+    """How many answers of each row are odd, where any are."""
+    for kind, name in ODD.items():
         counts = [f"{row['schedule'] or 'unpruned'} {row[kind]}" for row in rows if row[kind]]
         if counts:
-            print(f"{benchmark}, {kind} answers: {', '.join(counts)}\n")
+            print(f"{benchmark}, {name}: {', '.join(counts)}\n")
+
+
+def print_blank(benchmark: str, blank: int, asked: int):
+    """Of how many gold answers the first token is a blank, where it is of any."""
+    if blank:
+        print(f"{benchmark}: target first sees no content in {blank} of {asked} answers: their "
+              "first token is a blank.")
 
 
 def compared_rows(rows: list[dict], key: str) -> list[dict]:
@@ -306,9 +317,8 @@ def print_information(benchmark: str, found: dict, args):
           f"there on, the divergence is at most {args.threshold:.2%} of layer 0's (our rule)."
           f"{cost_of(by_divergence, args)}")
     print_information_verdict(benchmark, found["information"], found["vanishes"])
-    if args.target == "first" and found["blank"]:
-        print(f"{benchmark}: target first sees no content in {found['blank']} of {found['asked']} "
-              "answers: their first token is a blank.")
+    if args.target == "first":
+        print_blank(benchmark, found["blank"], found["asked"])
     if found["with_gold"]:
         print(f"{benchmark}: the unpruned model gives the gold answer to {found['right']} of "
               f"{found['with_gold']} questions.")

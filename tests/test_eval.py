@@ -7,7 +7,7 @@ from PIL import Image
 
 import eval as evaluation
 from support import runs
-from support.benchmarks import images_of, load_benchmark
+from support.benchmarks import Question, images_of, load_benchmark
 from support.checkpoint import read_config
 from support.files import read_image
 from support.records import read_records
@@ -40,8 +40,11 @@ def test_odd_answers_are_counted_over_seeds():
     cells = [evaluation.Cell("random", ((1, "random", 3),), seed) for seed in (0, 1)]
     one, other = (cell.key for cell in cells)
     records = [{"answers": {one: " ", other: "yes"}, "parsed": {one: None, other: "yes"}},
-               {"answers": {one: "x", other: ""}, "parsed": {one: None, other: None}}, None]
-    assert evaluation.odd_answers(cells, records) == {"empty": 2, "unparsed": 3, "failed": 1}
+               {"answers": {one: "yesterday", other: ""}, "parsed": {one: "yesterday", other: None}},
+               None]
+    questions = [Question(id, None, "", ["Yes"], "exact") for id in "123"]
+    assert evaluation.odd_answers(cells, questions, records) == {
+        "failed": 1, "empty": 2, "unparsed": 2, "overlong": 1}
 
 
 def test_all_methods_and_layers_are_those_that_fit():

@@ -14,7 +14,7 @@ def row(method, layer, score, minus_random=None, minus_none=None, minus_unpruned
             "minus_none": minus_none, "minus_unpruned": minus_unpruned, "minus_oracles": oracles,
             "minus_first": None, "standard_error": 1.25, "totals": {}, "kept": 6.0,
             "mean_visual_tokens": 54.33, "gflops": 0.7324, "schedule": f"{method}@{layer}:0.9",
-            "failed": 0, "empty": 0, "unparsed": 0}
+            "failed": 0, "empty": 0, "unparsed": 0, "overlong": 0}
 
 
 @pytest.mark.parametrize("names, want", [
@@ -71,10 +71,18 @@ def test_odd_answers_are_counted_where_there_are_any(capsys):
     report.print_odd("mme", rows)
     assert capsys.readouterr().out == ""
     rows[0]["failed"] = 2
-    rows[1] |= {"failed": 2, "empty": 1}
+    rows[1] |= {"failed": 2, "empty": 1, "overlong": 4}
     report.print_odd("mme", rows)
-    assert capsys.readouterr().out == ("mme, failed answers: unpruned 2, dart@20:0.9 2\n\n"
-                                       "mme, empty answers: dart@20:0.9 1\n\n")
+    assert capsys.readouterr().out == (
+        "mme, failed answers: unpruned 2, dart@20:0.9 2\n\nmme, empty answers: dart@20:0.9 1\n\n"
+        "mme, answers that begin with a right one and go on: dart@20:0.9 4\n\n")
+
+
+def test_answers_whose_first_token_is_a_blank_are_said(capsys):
+    report.print_blank("textvqa", 0, 40)
+    assert capsys.readouterr().out == ""
+    report.print_blank("textvqa", 3, 40)
+    assert "target first sees no content in 3 of 40 answers" in capsys.readouterr().out
 
 
 # ---- the verdict of a table ----------------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support.benchmarks import (COGNITION, PERCEPTION, Question, mme_totals, normalise,
+from support.benchmarks import (COGNITION, PERCEPTION, Question, is_overlong, mme_totals, normalise,
                                 parse_choice, parse_pope, parse_yes_no, pope_totals, score)
 
 GOLDEN = Path(__file__).parent / "golden" / "scorers.json"
@@ -84,6 +84,15 @@ def test_gold_is_the_best_scoring_answer_and_as_a_whole_as_it_was_written():
     assert about(["1,000"] * 6 + ["1000"] * 4, "vqa").gold_written == "1,000"
     assert about(["yes"], "yesno").gold_normalised == "Yes"
     assert about(["B"], "choice").gold_written == "B"
+
+
+@pytest.mark.parametrize("metric, gold, answer, want", [
+    ("vqa", "7ns", "7nsa", True), ("vqa", "7ns", "7NS", False), ("vqa", "7ns", "7n", False),
+    ("vqa", "a", "b", False), ("exact", "cat", "cats.", True), ("choice", "B", "B. cat", False),
+    ("yesno", "Yes", "Yes, it is", False), ("yesno", "Yes", "perhaps", False)])
+def test_an_overlong_answer_begins_with_a_right_one(metric, gold, answer, want):
+    question = about([gold] * (10 if metric == "vqa" else 1), metric)
+    assert is_overlong(score(answer, question)[0], question) == want
 
 
 def mme(right):
