@@ -49,11 +49,6 @@ def begin(model, case):
     return model.begin(pixels, case["question"])
 
 
-def decoder(model):
-    """embed_tokens, layers, norm."""
-    return model.language_model if isinstance(model, model_llava.Llava) else model.model
-
-
 def logits_of_answer(model, stream, tokens):
     """(steps, vocab): of each token of an answer, from one pass over all of them."""
     first = model.logits(stream)

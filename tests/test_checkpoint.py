@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import GOLDEN, MODULES, ONE_OF_EACH, decoder, load
+from checkpoints import GOLDEN, MODULES, ONE_OF_EACH, load
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from support import checkpoint
+from support.made_up import decoder_of
 from tokprune import InputError
 
 
@@ -85,7 +86,7 @@ def test_every_layout_of_names_loads_to_the_same_weights(name, layout, shards, t
                                         ("qwen_tied", "lm_head.weight")])
 def test_a_tied_head_is_the_embedding_itself_and_a_head_in_the_file_is_used(name, head, tmp_path):
     model = load(name)
-    embedding = decoder(model).embed_tokens.weight
+    embedding = decoder_of(model).embed_tokens.weight
     assert model.lm_head.weight.data_ptr() == embedding.data_ptr()
     write(renamed(name, "as recorded") | {head: 2 * embedding.bfloat16()}, name, 1, tmp_path)
     assert MODULES[name].load(tmp_path, "cpu").lm_head.weight.equal(2 * embedding)

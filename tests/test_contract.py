@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import MODULES, ONE_OF_EACH, decoder, load
+from checkpoints import MODULES, ONE_OF_EACH, load
 from PIL import Image
 from samples import QUESTIONS, images
 
 import information
 import model_llava
 import tokprune
+from support.made_up import decoder_of
 from tokprune import KV, METHODS, InputError, keep, prune, view_of
 
 
@@ -47,7 +48,7 @@ def test_a_module_has_a_prompt_for_a_question_and_a_load_with_defaults(module):
 
 
 def test_num_layers_and_the_text_config_are_what_flops_need(model):
-    assert model.num_layers == model.config.text.num_hidden_layers == len(decoder(model).layers)
+    assert model.num_layers == model.config.text.num_hidden_layers == len(decoder_of(model).layers)
     assert tokprune.flops(model.config.text, [10] * model.num_layers) > 0
 
 

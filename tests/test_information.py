@@ -4,12 +4,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from checkpoints import ONE_OF_EACH, decoder, load
+from checkpoints import ONE_OF_EACH, load
 from samples import QUESTIONS, images
 
 import information
 import tokprune
 from information import token_information
+from support.made_up import decoder_of
 from tokprune import InputError, attention, keep
 
 IMAGE = images()["whole"]
@@ -97,7 +98,7 @@ def calls_of_layers(model, work):
     def seen(module, args):
         past = args[2] if len(args) > 2 else None
         calls.append((*args[0].shape[:2], 0 if past is None else past.keys.shape[2]))
-    hooks = [layer.register_forward_pre_hook(seen) for layer in decoder(model).layers]
+    hooks = [layer.register_forward_pre_hook(seen) for layer in decoder_of(model).layers]
     work()
     for hook in hooks:
         hook.remove()

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (MODULES, ONE_OF_EACH, PRECISIONS, begin, decoder, load, logits_of_answer,
+from checkpoints import (MODULES, ONE_OF_EACH, PRECISIONS, begin, load, logits_of_answer,
                          recording)
 from published import HUB_7B
 
 import model_llava
 import model_qwen
 import tokprune
+from support.made_up import decoder_of
 
 
 @pytest.fixture(scope="module", params=MODULES)
@@ -128,7 +129,7 @@ def test_prompt_becomes_the_recorded_ids_with_the_image_in_place(golden):
         assert places == list(range(start, start + V))
         text = torch.cat([ids[:start], ids[start + V:]])
         rows = torch.cat([stream.x[0, :start], stream.x[0, start + V:]])
-        assert rows.equal(decoder(model).embed_tokens(text))
+        assert rows.equal(decoder_of(model).embed_tokens(text))
 
 
 def test_answer_tokens_are_those_that_follow_the_prompt(golden):

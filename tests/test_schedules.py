@@ -1,11 +1,12 @@
 """Schedules, budgets and FLOPs."""
 import pytest
 import torch
-from checkpoints import decoder, load
+from checkpoints import load
 from samples import QUESTIONS, images
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokprune
+from support.made_up import decoder_of
 from tokprune import InputError, at_budget, format_schedule, parse_schedule, prefill, prune
 
 
@@ -120,7 +121,7 @@ def test_flops_equal_what_torch_counts():
     c = model.config.text
     rows = 40
     with FlopCounterMode(display=False) as counter:
-        for layer in decoder(model).layers:
+        for layer in decoder_of(model).layers:
             x = torch.zeros(1, rows, c.hidden_size)
             layer.mlp(x)
             for projection in "qkvo":

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import MODULES, ONE_OF_EACH, decoder, load
+from checkpoints import MODULES, ONE_OF_EACH, load
 from samples import QUESTIONS, images
 
 import eval as evaluation
 import tokprune
+from support.made_up import decoder_of
 from tokprune import METHODS, InputError, Method, keep, prune, with_room
 
 IMAGE = images()["whole"]
@@ -256,7 +257,7 @@ def test_a_view_shows_the_layer_before_and_the_tokens_that_are_left(request, mod
     stream = model.run(prune(model, reached, FREE[:2], 7), stop=2)
     view = tokprune.view_of(model, stream, 1, 3, info["info"])
     before = prune(model, reached, FREE[1], 7)
-    layer = decoder(model).layers[1]
+    layer = decoder_of(model).layers[1]
     H, G, D = heads(model)
     T = before.x.shape[1]
     y = layer.input_layernorm(before.x)
@@ -274,7 +275,7 @@ def test_a_view_shows_the_layer_before_and_the_tokens_that_are_left(request, mod
     close(view.keys, k.transpose(0, 1).flatten(1))
     close(view.attention(torch.tensor([3, T - 1])), scores.softmax(-1)[:, [3, T - 1]])
     close(view.x, model.run(before, stop=2).x[0])
-    close(view.normed(), decoder(model).norm(view.x))
+    close(view.normed(), decoder_of(model).norm(view.x))
     assert view.layer == 2 and view.visual == (start.visual[0], 7)
     assert view.origin.equal(before.origin[0])
     assert view.saliency().equal(start.saliency()[view.origin])

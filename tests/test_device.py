@@ -1,0 +1,129 @@
+"""The main path on a simulated GPU: tensors carry a label, and those of two devices do not mix.
+
+It sees no kernel and no memory; it sees a tensor that was made on the CPU and meets one of the
+model's, which on a real GPU is an error.
+"""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoints import ONE_OF_EACH, load
+from samples import QUESTIONS, images
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import information
+from tokprune import METHODS, keep, prefill, prune
+
+GPU = torch.device("cuda:0")
+CPU = torch.device("cpu")
+INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+ARGS = SimpleNamespace(window=2, max_batch_tokens=2 ** 15, answers="gold", max_new_tokens=4,
+                       repetition_penalty=1.0)
+
+
+def on_gpu(value) -> bool:
+    return isinstance(value, torch.Tensor) and getattr(value, "on_gpu", False)
+
+
+class SimulatedGPU(TorchFunctionMode):
+    """Where a device is asked for, the CPU is given, and what is made there is labelled."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        if func == torch.Tensor.device.__get__:
+            return GPU if on_gpu(args[0]) else CPU
+        assert func is not torch.Tensor.numpy or not on_gpu(args[0]), "numpy of a GPU's tensor"
+        wanted = None
+        for leaf in leaves:
+            if isinstance(leaf, torch.device) or leaf == "cpu":
+                wanted = torch.device(leaf)
+        if func is torch.Tensor.cpu:
+            wanted = CPU
+        if wanted is None and func not in INDEXING and func is not torch.Tensor.copy_:
+            # a number of the CPU, without a dimension, may meet any tensor, and so may an index;
+            # a CausalBias is made where it is used
+            tensors = [leaf for leaf in leaves if type(leaf) in (torch.Tensor, torch.nn.Parameter)]
+            devices = {on_gpu(tensor) for tensor in tensors if tensor.dim() > 0 or on_gpu(tensor)}
+            assert len(devices) < 2, f"{func.__name__}: tensors of two devices"
+        args, kwargs = tree_map(lambda leaf: CPU if isinstance(leaf, torch.device) else leaf,
+                                (args, kwargs))
+        out = func(*args, **kwargs)
+        label = wanted == GPU if wanted else any(map(on_gpu, leaves))
+        return tree_map(lambda leaf: labelled(leaf, label), out)
+
+
+def labelled(value, label: bool):
+    if not isinstance(value, torch.Tensor) or on_gpu(value) == label:
+        return value
+    value = value.detach()                              # the original keeps its label
+    value.on_gpu = label
+    return value
+
+
+@pytest.fixture(params=ONE_OF_EACH)
+def model(request):
+    """Its weights lie on the simulated GPU."""
+    model = load(request.param)
+    weights = [*model.parameters(), *model.buffers()]
+    for weight in weights:
+        weight.on_gpu = True
+    yield model
+    for weight in weights:
+        del weight.on_gpu
+
+
+def main_path(model):
+    """Every kind of work that a run does, and what comes of it."""
+    question = SimpleNamespace(gold_normalised="Yes", gold_written="Yes", answers=["Yes"])
+    start = model.begin(images()["wide"], QUESTIONS[0])
+    reached = model.run(start, stop=1)
+    found = []
+    for method in METHODS:
+        info = None
+        if METHODS[method].measure:
+            measure = information.MEASURES[METHODS[method].measure]
+            info = {method: measure(model, start, question, [1], ARGS)[1]}
+        pruned = model.run(prune(model, reached, [method, method], 3, [0, 1], info))
+        found.append(model.decode(pruned, 4, 1.5))
+    found.append(model.decode(prefill(model, start, [(1, "grid", 0.5), (2, "random", 0)]), 4))
+    for mode in information.MODES:
+        maps = information.token_information(model, start, "Yes", [0, 2], 3, mode, "each")
+        found.append(maps.tolist())
+    found.append(information.answers_without_image(model, start, 4))
+    found.append(information.divergence_without_image(model, start, "Yes"))
+    return found
+
+
+def test_the_main_path_never_mixes_devices(model):
+    with SimulatedGPU():
+        assert model.begin(images()["wide"], QUESTIONS[0]).x.device == GPU
+        found = main_path(model)
+    assert found == main_path(model)
+
+
+@pytest.mark.parametrize("mistake", [
+    lambda x: x + torch.ones(2), lambda x: x @ torch.ones(2, 2), lambda x: x.cpu() + x,
+    lambda x: torch.cat([x, torch.zeros(1)]), lambda x: x.numpy(),
+    lambda x: x.gather(0, torch.zeros(1, dtype=torch.long)),
+    lambda x: x.masked_fill(torch.ones(2, dtype=torch.bool), 0)])
+def test_the_simulation_notices_a_tensor_of_another_device(mistake):
+    with SimulatedGPU():
+        x = torch.zeros(2, device=GPU)
+        assert (x * 2 + x[torch.tensor([0])] + torch.tensor(1.0)).device == GPU
+        with pytest.raises(AssertionError):
+            mistake(x)
+
+
+def test_a_kept_set_of_the_cpu_is_brought_to_the_stream(model, monkeypatch):
+    """What the simulation is for: `keep` without its first line would pass every test on a CPU."""
+    original = torch.Tensor.to
+    with SimulatedGPU():
+        start = model.begin(images()["wide"], QUESTIONS[0])
+        idx = torch.tensor([0, 2])
+        assert keep(start, idx).x.device == GPU
+        monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: t if t is idx else original(
+            t, *a, **k))
+        with pytest.raises(AssertionError, match="tensors of two devices"):
+            keep(start, idx)
