@@ -26,7 +26,8 @@ from support.benchmarks import images_of, score
 from support.files import read_image
 from support.pictures import plot_information
 from support.records import RANK, collect
-from tokprune import KV, InputError, Stream, attention, flops, keep
+from tokprune import (KV, InputError, Stream, attention, attention_of_raters, flops, keep,
+                      view_of)
 
 MODES = ("keep-one", "leave-one-out")
 TARGETS = ("first", "answer", "each")
@@ -329,6 +330,10 @@ def answer_to_measure(model, stream: Stream, question, target: str, args) -> str
         if not question.answers:
             raise InputError(f"question {question.id}: the model's own answer is empty, and it has "
                              "no gold one; there is nothing to measure")
+    return gold_to_measure(question, target)
+
+
+def gold_to_measure(question, target: str) -> str:
     return question.gold_normalised if target == "first" else question.gold_written
 
 
@@ -336,6 +341,47 @@ def own_answer(model, stream: Stream, args) -> str:
     """The greedy answer of the unpruned model."""
     full = model.run(stream)
     return model.decode(full, args.max_new_tokens, args.repetition_penalty)[0]
+
+
+# ---- agreement -----------------------------------------------------------------------------------
+
+def agreement_of_scores(model, stream: Stream, question, layers: list[int], args) -> dict:
+    """{name: of each layer}: Spearman's rank correlation, over the N visual tokens, of what methods
+    rank by, and of other measures, with the information of single tokens for the whole answer."""
+    answer = answer_to_measure(model, stream, question, "answer", args)
+    first = answer_to_measure(model, stream, question, "first", args)
+
+    def measured(answer, mode, target):
+        return token_information(model, stream, answer, layers, 1, mode, target,
+                                 args.max_batch_tokens).flatten(1)                  # (layers, N)
+    exact = measured(answer, "keep-one", "answer")
+    writing = attention_of_answer(model, stream, question, layers, args)
+    scores = {"attention of the own answer, as hindsight": [writing[K].sum(1) for K in layers],
+              "information of the first token": measured(first, "keep-one", "first"),
+              "leave-one-out information": measured(answer, "leave-one-out", "answer")}
+    for reached in inputs_of_layers(model, stream, layers):
+        for name, score in scores_of_methods(model, reached).items():
+            scores.setdefault(name, []).append(score)
+    return {name: [statistics.rank_correlation(score.cpu().numpy(), truth.numpy())
+                   for score, truth in zip(of_layers, exact)]
+            for name, of_layers in scores.items()}
+
+
+def scores_of_methods(model, reached: Stream) -> dict[str, Tensor]:
+    """(N,) each: what published methods rank by at the layer that an unpruned stream has reached."""
+    view = view_of(model, reached, 0, 0, None)
+    start, N = view.visual
+    last = torch.tensor([len(view.x) - 1])
+    return {"attention of the last prompt row": view.attention(last)[:, 0, start:start + N].mean(0),
+            "attention of SparseVLM's raters": attention_of_raters(view),
+            "norm of keys, as DART": view.keys[start:start + N].float().abs().sum(1),
+            "saliency of the tower": view.saliency()}
+
+
+def agreement_of_answers(own: Tensor, gold: Tensor) -> list:
+    """Of each layer, the rank correlation of the maps of two answers."""
+    return [statistics.rank_correlation(a.numpy().ravel(), b.numpy().ravel())
+            for a, b in zip(own, gold)]
 
 
 # ---- the horizon ---------------------------------------------------------------------------------
@@ -493,6 +539,8 @@ def main(argv: list[str]) -> int:
                        help=f"what a window is compared with (default: {MODES[0]})")
     group.add_argument("--target", choices=["first", "answer"], default="first",
                        help="the gold answer's first token, or all of it (default: first)")
+    group.add_argument("--agreement", action="store_true",
+                       help="also rank single tokens by cheap scores, against their information")
     runs.add_answer_flags(runs.add_model_flags(p))
     runs.add_data_flags(p)
     runs.add_measuring_flags(p)
@@ -501,6 +549,9 @@ def main(argv: list[str]) -> int:
     args = p.parse_args(argv)
     runs.check_picture(args.plot)
     layers = sorted(set(runs.parse_layers(args.layer, runs.num_layers(args))))
+    if args.agreement and layers[0] == 0:
+        raise InputError("--agreement: compares with attention of the layer before; want --layer 1 "
+                         "or later")
     data = runs.load_data(args, gold=args.answers == "gold")
     model = runs.load_model(args)
     settings = runs.settings_of(args, model, data)
@@ -535,11 +586,20 @@ def measure_benchmark(model, benchmark: str, questions: list, layers: list[int],
                       maps: dict) -> tuple[dict, tuple]:
     """Information and horizons of a benchmark, printed: the part of result.json, and an example
     for the picture. The map of each question goes into maps."""
+    def information_of(stream, answer):
+        return token_information(model, stream, answer, layers, args.window, args.mode, args.target,
+                                 args.max_batch_tokens)
+
     def measure(stream, question):
         answer = answer_to_measure(model, stream, question, args.target, args)
-        values = token_information(model, stream, answer, layers, args.window, args.mode,
-                                   args.target, args.max_batch_tokens)
-        return {"information": to_json(values.numpy())}
+        values = information_of(stream, answer)
+        found = {"information": to_json(values.numpy())}
+        if args.answers == "own" and question.answers and score(answer, question)[1] < 1:
+            gold = information_of(stream, gold_to_measure(question, args.target))
+            found["own_and_gold"] = agreement_of_answers(values, gold)
+        if args.agreement:
+            found["agreement"] = agreement_of_scores(model, stream, question, layers, args)
+        return found
     records = measure_horizon(model, benchmark, questions, args, out, measure)
     answered = [(q, record) for q, record in zip(questions, records) if record]
     values = [from_json(record["information"]) for _, record in answered]
@@ -561,7 +621,12 @@ def measure_benchmark(model, benchmark: str, questions: list, layers: list[int],
              "right": sum(record["scores"]["unpruned"] == 1 for question, record in answered
                           if question.answers),
              "asked": len(asked), "with_gold": sum(bool(question.answers) for question in asked),
-             "gflops": [work / 1e9 for work in cost], "failed": len(questions) - len(asked)}
+             "gflops": [work / 1e9 for work in cost], "failed": len(questions) - len(asked),
+             "own_and_gold": [record["own_and_gold"] for record in records
+                              if "own_and_gold" in record]}
+    if args.agreement:
+        found["agreement"] = statistics.agreement_by_layer(
+            [record["agreement"] for record in records], images_of(asked))
     report.print_information(benchmark, found, args)
     return found, (model.canvas(image), values[0], question.prompt, answer)
 

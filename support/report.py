@@ -324,9 +324,35 @@ def print_information(benchmark: str, found: dict, args):
               f"{found['with_gold']} questions.")
     print(f"{benchmark}: the same windows, measured one by one, differ by at most "
           f"{found['noise']:.1e}.")
+    if found["own_and_gold"]:
+        print_own_and_gold(benchmark, found)
+    if "agreement" in found:
+        print_agreement(benchmark, found)
     ours, official = found["gflops"]
     print(f"{benchmark}: {ours:.3g} GFLOPs for the first question; the official procedure would "
           f"take {official:.3g}, {official / ours:.1f} times as many.\n")
+
+
+def print_own_and_gold(benchmark: str, found: dict):
+    """What it matters that the model's own answer was measured, where it is not the gold one."""
+    known = [value for of_layers in found["own_and_gold"] for value in of_layers
+             if value is not None]
+    mean = np.mean(known) if known else None
+    print(f"{benchmark}: the model's own answer differs from the gold one in "
+          f"{len(found['own_and_gold'])} of {found['with_gold']} questions; there, the rank "
+          f"correlation of their maps is {number(mean, 2)}, mean over questions and layers.")
+
+
+def print_agreement(benchmark: str, found: dict):
+    """A row for each cheap score, a column for each layer."""
+    layers = [str(row["layer"]) for row in found["information"]]
+    print("\nSpearman's rank correlation with the information of single tokens, mean ± standard "
+          "error:\n")
+    print_heads([f"{benchmark}, at layer", *layers])
+    for name, of_layers in found["agreement"].items():
+        cells = [f"{number(mean, 2)} ± {number(error, 2)}" for mean, error in of_layers]
+        print_row([name, *cells])
+    print()
 
 
 def cost_of(horizon: dict, args) -> str:

@@ -89,6 +89,39 @@ def gini(values: np.ndarray) -> float:
     return float(((2 * rank - len(x) - 1) * x).sum() / (len(x) * x.sum()))
 
 
+def ranks(values: np.ndarray) -> np.ndarray:
+    """1 for the smallest; equal values share the mean of their ranks."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's; None where either has only one value."""
+    a = ranks(a)
+    b = ranks(b)
+    if a.std() == 0 or b.std() == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def agreement_by_layer(of_questions: list[dict], image: np.ndarray) -> dict[str, list]:
+    """{name: of each layer (mean over questions, standard error)}; questions without a correlation
+    are left out. of_questions: {name: of each layer a correlation or None}."""
+    found = {}
+    for name in of_questions[0]:
+        table = np.array([question[name] for question in of_questions], float)  # None becomes nan
+        found[name] = []
+        for column in table.T:
+            known = ~np.isnan(column)
+            if not known.any():
+                found[name].append((None, None))
+                continue
+            of_images = np.unique(image[known], return_inverse=True)[1]
+            error = standard_error(column[known], of_images)
+            found[name].append((float(column[known].mean()), error))
+    return found
+
+
 SUMMARIES = {                   # of the windows of one question at one layer
     "mean": np.mean,
     "spread": np.std,

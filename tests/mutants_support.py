@@ -58,6 +58,10 @@ PROGRAM = {
 }
 
 STATISTICS = {
+    "equal values take the last of their ranks": (" - (counts - 1) / 2)", ")"),
+    "a correlation of values, not of ranks": ("    a = ranks(a)\n    b = ranks(b)\n", ""),
+    "questions without a correlation count": ("known = ~np.isnan(column)",
+                                              "known = column == column[0]"),
     "the mean of images' means": ("sums[draws].sum(1) / sizes[draws].sum(1)",
                                   "(sums / sizes)[draws].mean(1)"),
     "a horizon of images' means": ("sums[:, pick].sum(1) / sizes[pick].sum()",

@@ -130,6 +130,10 @@ TOKPRUNE = {
 }
 
 INFORMATION = {
+    "every score against the first layer": ("for score, truth in zip(of_layers, exact)]",
+                                            "for score, truth in zip(of_layers, exact[:1])]"),
+    "the first token's information of the whole answer": (
+        "measured(first, \"keep-one\", \"first\")", "measured(answer, \"keep-one\", \"answer\")"),
     "whole-answer information takes the last token's": (
         "values.sum(-1)", "values[..., -1]"),
     "every token of the answer for the first": ("        ids = ids[:1]\n", "        pass\n"),

@@ -96,6 +96,7 @@ BAD_INPUT = [
     ("information.py --layer 1,99", "layer 99 is out of range"),
     ("information.py --layer horizon", "--layer horizon: want layers as 20"),
     ("information.py --mode both", "--mode"),
+    ("information.py --agreement", "want --layer 1 or later"),
     ("information.py --ratio 0.5", "--ratio: no such flag"),
     ("information.py --plot curve.gif", "--plot curve.gif"),
     ("demo.py --image nowhere.png --question x", "nowhere.png"),
