@@ -586,49 +586,75 @@ def measure_benchmark(model, benchmark: str, questions: list, layers: list[int],
                       maps: dict) -> tuple[dict, tuple]:
     """Information and horizons of a benchmark, printed: the part of result.json, and an example
     for the picture. The map of each question goes into maps."""
-    def information_of(stream, answer):
-        return token_information(model, stream, answer, layers, args.window, args.mode, args.target,
-                                 args.max_batch_tokens)
-
     def measure(stream, question):
-        answer = answer_to_measure(model, stream, question, args.target, args)
-        values = information_of(stream, answer)
-        found = {"information": to_json(values.numpy())}
-        if args.answers == "own" and question.answers and score(answer, question)[1] < 1:
-            gold = information_of(stream, gold_to_measure(question, args.target))
-            found["own_and_gold"] = agreement_of_answers(values, gold)
-        if args.agreement:
-            found["agreement"] = agreement_of_scores(model, stream, question, layers, args)
-        return found
+        return measure_question(model, stream, question, layers, args)
     records = measure_horizon(model, benchmark, questions, args, out, measure)
-    answered = [(q, record) for q, record in zip(questions, records) if record]
-    values = [from_json(record["information"]) for _, record in answered]
-    for (question, _), value in zip(answered, values):
-        maps[f"{benchmark}/{question.id}"] = value
+    answered = [(question, record) for question, record in zip(questions, records) if record]
     asked, records = zip(*answered)
+    values = [from_json(record["information"]) for record in records]
+    for question, value in zip(asked, values):
+        maps[f"{benchmark}/{question.id}"] = value
+    chosen = question_to_show(asked)
+    found, picture = look_at_one(model, asked[chosen], layers, args)
     rows = statistics.information_by_layer(values, images_of(asked), layers)
     horizons = horizons_of(asked, records, args)
-    question = asked[0]
+    vanishes = statistics.layer_without_information(rows, found["noise"])
+    with_gold = [pair for pair in answered if pair[0].answers]
+    right = [question for question, record in with_gold if record["scores"]["unpruned"] == 1]
+    found |= {"information": rows, "horizons": horizons, "horizon": horizons["score"],
+              "vanishes": vanishes, "asked": len(asked), "failed": len(questions) - len(asked),
+              "with_gold": len(with_gold), "right": len(right),
+              "blank": sum(first_token_is_blank(model, question) for question in asked),
+              "own_and_gold": [record["own_and_gold"] for record in records
+                               if "own_and_gold" in record]}
+    if args.agreement:
+        found["agreement"] = statistics.agreement_by_layer(
+            [record["agreement"] for record in records], images_of(asked))
+    report.print_information(benchmark, found, args)
+    canvas, prompt, answer = picture
+    return found, (canvas, values[chosen], prompt, answer)
+
+
+def measure_question(model, stream: Stream, question, layers: list[int], args) -> dict:
+    """The part of a record that holds its information."""
+    def information_of(answer):
+        return token_information(model, stream, answer, layers, args.window, args.mode, args.target,
+                                 args.max_batch_tokens)
+    answer = answer_to_measure(model, stream, question, args.target, args)
+    values = information_of(answer)
+    found = {"information": to_json(values.numpy())}
+    if args.answers == "own" and question.answers and score(answer, question)[1] < 1:
+        gold = information_of(gold_to_measure(question, args.target))
+        found["own_and_gold"] = agreement_of_answers(values, gold)
+    if args.agreement:
+        found["agreement"] = agreement_of_scores(model, stream, question, layers, args)
+    return found
+
+
+def question_to_show(questions: list) -> int:
+    """The first whose image is asked about more than once, the answers beginning with different
+    letters: its map can then be of one answer alone. 0 if there is none."""
+    letters = {}
+    for question in questions:
+        letters.setdefault(question.image, []).append("".join(question.answers)[:1].lower())
+    for i, question in enumerate(questions):
+        of_image = letters[question.image]
+        if len(of_image) > 1 and len(set(of_image)) == len(of_image):
+            return i
+    return 0
+
+
+def look_at_one(model, question, layers: list[int], args) -> tuple[dict, tuple]:
+    """What is measured of one question alone: FLOPs, and what a batch changes. And of its picture:
+    canvas, prompt, answer."""
     image = read_image(question.image)
     stream = model.begin(image, question.prompt)
     text = stream.visual[0], stream.x.shape[1] - stream.visual[0] - stream.N
     cost = information_flops(model.config.text, text, stream.grid, layers, args.window, args.mode)
     answer = answer_to_measure(model, stream, question, args.target, args)
     noise = noise_of_batches(model, stream, answer, layers[len(layers) // 2], args)
-    found = {"information": rows, "horizons": horizons, "horizon": horizons["score"],
-             "noise": noise, "vanishes": statistics.layer_without_information(rows, noise),
-             "blank": sum(first_token_is_blank(model, question) for question in asked),
-             "right": sum(record["scores"]["unpruned"] == 1 for question, record in answered
-                          if question.answers),
-             "asked": len(asked), "with_gold": sum(bool(question.answers) for question in asked),
-             "gflops": [work / 1e9 for work in cost], "failed": len(questions) - len(asked),
-             "own_and_gold": [record["own_and_gold"] for record in records
-                              if "own_and_gold" in record]}
-    if args.agreement:
-        found["agreement"] = statistics.agreement_by_layer(
-            [record["agreement"] for record in records], images_of(asked))
-    report.print_information(benchmark, found, args)
-    return found, (model.canvas(image), values[0], question.prompt, answer)
+    found = {"gflops": [work / 1e9 for work in cost], "noise": noise}
+    return found, (model.canvas(image), question.prompt, answer)
 
 
 def noise_of_batches(model, stream: Stream, answer: str, layer: int, args) -> float:

@@ -329,7 +329,7 @@ def print_information(benchmark: str, found: dict, args):
     if "agreement" in found:
         print_agreement(benchmark, found)
     ours, official = found["gflops"]
-    print(f"{benchmark}: {ours:.3g} GFLOPs for the first question; the official procedure would "
+    print(f"{benchmark}: {ours:.3g} GFLOPs for one question; the official procedure would "
           f"take {official:.3g}, {official / ours:.1f} times as many.\n")
 
 

@@ -178,6 +178,17 @@ def test_agreement_is_a_table_and_own_answers_are_compared_with_gold(run, tmp_pa
     assert "answer differs from the gold one in 1 of 2 questions" in printed
 
 
+def test_the_picture_shows_an_image_whose_answers_begin_with_different_letters():
+    """The information of a first token is that of every word with this letter."""
+    def about(image, answer):
+        return Question("", image, "?", [answer] if answer else [], "exact")
+    same = [about("a", "vex"), about("a", "Vat"), about("b", "sun")]
+    different = [about("c", "dva"), about("c", "hsn")]
+    assert information.question_to_show(same + different) == 3
+    assert information.question_to_show(same) == 0
+    assert information.question_to_show([about("a", ""), about("a", "")]) == 0
+
+
 def test_an_interrupted_run_measures_the_other_questions_alone(run, measured, tmp_path,
                                                                monkeypatch):
     """Stopped at the third question: the two before are stored, and not measured again."""
