@@ -530,8 +530,7 @@ def calibrate(model, benchmark: str, questions: list, args, out: Path) -> tuple[
 
 # ---- the program ---------------------------------------------------------------------------------
 
-def main(argv: list[str]) -> int:
-    """-> how many questions failed for want of memory."""
+def parse_arguments(argv: list[str]):
     p = runs.Parser("information.py", "Token information by layer, and the information horizon.")
     group = p.add_argument_group("what to measure")
     group.add_argument("--layer", default="all", help="20, or 2,10,20, or all (default: all)")
@@ -548,6 +547,12 @@ def main(argv: list[str]) -> int:
     p.add_argument("--plot", type=Path, metavar="PNG", help="default: information.png in --out")
     args = p.parse_args(argv)
     runs.check_picture(args.plot)
+    return args
+
+
+def main(argv: list[str]) -> int:
+    """-> how many questions failed for want of memory."""
+    args = parse_arguments(argv)
     layers = sorted(set(runs.parse_layers(args.layer, runs.num_layers(args))))
     if args.agreement and layers[0] == 0:
         raise InputError("--agreement: compares with attention of the layer before; want --layer 1 "
