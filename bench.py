@@ -171,7 +171,7 @@ def sweep_against_cells(table: Table, setting: Setting):
     import eval as evaluation                           # a program: nothing else needs it here
     flags = ["--layer", "all", "--ratio", "0.9", "--seeds", "1"]
     if setting.small:
-        flags = ["--layer", "20", "--method", ",".join(TIMED), "--seeds", "1"]
+        flags = ["--layer", "20", "--method", "grid", "--seeds", "1"]
     args = evaluation.parse_arguments(flags)
     model = load_model(TINY / "llava", setting.device, torch.float32)
     cells = evaluation.parse_cells(args, model.num_layers)

@@ -103,7 +103,7 @@ def test_the_one_loop_answers_as_each_schedule_does_on_its_own(positions):
         "random@0:0.5 random@12=5 seed 0", "random@0:0.5 random@12=5 seed 1",
         "fastv@6=7 seed 0", "random@6=7 seed 0", "random@6=7 seed 1",
         "grid@6=40 seed 0", "random@6=40 seed 0", "random@6=40 seed 1"]
-    for question in runs.sample(load_benchmark("textvqa", TINY), 2, 0):
+    for question in load_benchmark("textvqa", TINY)[:1]:
         image = read_image(question.image)
         stream = model.begin(image, question.prompt)
         answers = evaluation.answer_cells(model, stream, question, cells, args)
