@@ -280,7 +280,10 @@ def parse_arguments(argv: list[str]):
                        help="how many seeds random is averaged over (default: 3)")
     runs.add_answer_flags(runs.add_model_flags(p))
     runs.add_data_flags(p)
-    runs.add_measuring_flags(p)
+    group = runs.add_measuring_flags(p)
+    group.add_argument("--rule", choices=["divergence", "score"], default="divergence",
+                       help="of --layer horizon: by the divergence, or by the gold score (default: "
+                            "divergence)")
     group = runs.add_output_flags(p)
     group.add_argument("--plot", type=Path, metavar="PNG", help="draw score against layer")
     group.add_argument("--score", type=Path, metavar="JSONL",

@@ -386,14 +386,14 @@ def agreement_of_answers(own: Tensor, gold: Tensor) -> list:
 
 # ---- the horizon ---------------------------------------------------------------------------------
 
-def horizon(curve, unpruned: float, tolerance: float = 0.01) -> int:
+def horizon(curve, full: float, tolerance: float = 0.01) -> int:
     """The first layer from which on dropping every visual token never costs more than `tolerance`
-    of the unpruned score. The paper gives no rule; this one is ours.
+    of the full score, the unpruned model's. The paper gives no rule; this one is ours.
 
     curve: the score with all dropped at the input of layer 0, 1, ... -> len(curve) if none.
     """
     layer = len(curve)
-    while layer > 0 and curve[layer - 1] >= unpruned - tolerance * unpruned:
+    while layer > 0 and curve[layer - 1] >= full - tolerance * full:
         layer -= 1
     return layer
 

@@ -124,16 +124,14 @@ def add_measuring_flags(p: Parser):
                        help="of the gold answer, or of the model's own (default: gold)")
     group.add_argument("--max-batch-tokens", type=whole(1), default=2 ** 15, metavar="N",
                        help="most rows in a batch of windows (default: 32768)")
-    group.add_argument("--rule", choices=["divergence", "score"], default="divergence",
-                       help="which horizon: by the divergence, or by the gold score "
-                            "(default: divergence)")
     group.add_argument("--threshold", type=share, default=0.002, metavar="T",
                        help="divergence past the horizon, as a share of layer 0's (default: 0.002)")
     group.add_argument("--calibrate", type=whole(1), default=20, metavar="N",
-                       help="questions that --layer horizon is measured on, and which are then "
-                            "not scored (default: 20)")
+                       help="questions that a horizon is measured on, to be scored on the others "
+                            "(default: 20)")
     group.add_argument("--tolerance", type=share, default=0.01, metavar="T",
                        help="score past the horizon that may be lost, as a share (default: 0.01)")
+    return group
 
 
 def add_answer_flags(group):

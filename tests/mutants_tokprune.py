@@ -214,15 +214,15 @@ INFORMATION = {
         'return question.gold_normalised if target == "first"',
         "return question.gold_written if True"),
     "the horizon is the first layer that reaches the score": (
-        "    while layer > 0 and curve[layer - 1] >= unpruned - tolerance * unpruned:\n"
+        "    while layer > 0 and curve[layer - 1] >= full - tolerance * full:\n"
         "        layer -= 1\n"
         "    return layer",
         "    for i, value in enumerate(curve):\n"
-        "        if value >= unpruned - tolerance * unpruned:\n"
+        "        if value >= full - tolerance * full:\n"
         "            return i\n"
         "    return layer"),
-    "a tolerance of points, not of the score": ("unpruned - tolerance * unpruned", "unpruned - tolerance"),
-    "the tolerance excluded": (">= unpruned - tolerance * unpruned", "> unpruned - tolerance * unpruned"),
+    "a tolerance of points, not of the score": ("full - tolerance * full", "full - tolerance"),
+    "the tolerance excluded": (">= full - tolerance * full", "> full - tolerance * full"),
     "divergence against the largest": ("threshold * curve[0]", "threshold * max(curve)"),
     "divergence that is no less than the threshold": (
         "<= threshold * curve[0]", "< threshold * curve[0]"),
