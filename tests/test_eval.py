@@ -125,8 +125,7 @@ def test_the_first_of_several_schedules_is_compared_with_the_others(run, tmp_pat
 
 
 def test_schedules_are_compared_by_what_they_keep():
-    """To keep one token (=1) is not to remove all (:1.0), and random in the place of the first may
-    be the second."""
+    """To keep one (=1) is not to remove all (:1.0); random in place of the first may be asked."""
     for second in ("dart@2:1.0", "random@2=1"):
         args = evaluation.parse_arguments(["--schedule", "dart@2=1", "--schedule", second])
         cells = {cell.key: cell for cell in evaluation.parse_cells(args, 24)}

@@ -241,33 +241,6 @@ def test_the_models_own_answer_is_measured_if_it_gives_one(model, start, monkeyp
         measured(unknown, "first", answers="own", max_new_tokens=0)
 
 
-def test_scores_are_ranked_against_the_information_of_single_tokens(model, start, monkeypatch):
-    """Each of its own layer: one that is the exact one agrees wholly, its negative not at all."""
-    question = SimpleNamespace(gold_normalised="Y", gold_written="ab")
-    exact = token_information(model, start, "ab", [1, 2], 1, target="answer").flatten(1)
-    monkeypatch.setattr(model, "eos", set())
-    monkeypatch.setattr(tokprune, "saliency_of", lambda _: -exact[0])
-    monkeypatch.setattr(information, "attention_of_raters",
-                        lambda view: 2 * exact[view.layer - 1])
-    found = information.agreement_of_scores(model, start, question, [1, 2], ARGS)
-    assert found["attention of SparseVLM's raters"] == pytest.approx([1, 1])
-    assert found["saliency of the tower"][0] == pytest.approx(-1)
-    assert -1 < found["saliency of the tower"][1] < 1
-    view = tokprune.view_of(model, model.run(start, stop=2), 0, 0, None)
-    first, N = start.visual
-    last = view.attention(torch.tensor([len(view.x) - 1]))[:, 0, first:first + N].mean(0)
-    alone = token_information(model, start, "Y", [1, 2], 1).flatten(1)
-    left_out = token_information(model, start, "ab", [1, 2], 1, "leave-one-out", "answer")
-    seen = information.attention_of_answer(model, start, question, [2], ARGS)[2].sum(1)
-    norms = view.keys[first:first + N].abs().sum(1)
-    for name, score in (("attention of the last prompt row", last), ("norm of keys, as DART", norms),
-                        ("attention of the own answer, as hindsight", seen),
-                        ("information of the first token", alone[1]),
-                        ("leave-one-out information", left_out[1].flatten())):
-        want = information.statistics.rank_correlation(score.numpy(), exact[1].numpy())
-        assert found[name][1] == pytest.approx(want), name
-
-
 # ---- the horizon ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("curve, full, tolerance, want", [

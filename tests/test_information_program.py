@@ -166,18 +166,6 @@ def test_only_questions_with_a_gold_answer_can_be_right(run, tmp_path):
     assert "gives the gold answer to 0 of 1 questions" in printed
 
 
-def test_agreement_is_a_table_and_own_answers_are_compared_with_gold(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(information, "own_answer", lambda *_: "No")
-    printed, result = run(information.main, "--agreement", "--answers", "own", "--layer", "20,22",
-                          "--window", 4, "--limit", 1, "--bench", "mme", out=tmp_path)
-    found = result["benchmarks"]["mme"]
-    assert all(len(of_layers) == 2 for of_layers in found["agreement"].values())
-    assert "| mme, at layer | 20 | 22 |" in printed
-    assert len(re.findall(r" ± [\d-]", printed)) == 2 * len(found["agreement"])
-    assert len(found["own_and_gold"]) == 1              # of Yes and No
-    assert "answer differs from the gold one in 1 of 2 questions" in printed
-
-
 def test_the_picture_shows_an_image_whose_answers_begin_with_different_letters():
     """The information of a first token is that of every word with this letter."""
     def about(image, answer):

@@ -122,23 +122,6 @@ def test_images_are_split_whole_and_hold_about_as_many_questions_as_asked():
     assert seen == [[0, 0.5]] * 20                              # two images, all of each
 
 
-# ---- agreement -----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("a, b, want", [
-    ([1, 2, 3], [10, 20, 90], 1), ([1, 2, 3], [3, 2, 1], -1), ([1, 2, 3, 4], [1, 3, 2, 4], 0.8),
-    ([1, 1, 2], [5, 5, 9], 1), ([1, 2, 2, 3], [1, 2, 3, 4], 0.9486833), ([1, 1], [1, 2], None)])
-def test_rank_correlation_worked_by_hand(a, b, want):
-    """0.8 = 1 - 6 * 2 / (4 * 15); equal values share the mean of their ranks."""
-    assert statistics.rank_correlation(np.array(a), np.array(b)) == (want and pytest.approx(want))
-
-
-def test_agreement_is_averaged_where_there_is_a_correlation():
-    questions = [{"x": [0.5, None]}, {"x": [0.1, None]}, {"x": [None, None]}]
-    [(mean, error), nothing] = statistics.agreement_by_layer(questions, np.arange(3))["x"]
-    assert mean == pytest.approx(0.3) and error == pytest.approx(0.2)
-    assert nothing == (None, None)
-
-
 # ---- information ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("values, want", [

@@ -1,5 +1,4 @@
-"""Properties of pruning, for every method and for three that a fork might add, on a small random
-checkpoint of each model."""
+"""Properties of pruning, for every method and three that a fork might add, on small checkpoints."""
 from dataclasses import replace
 
 import pytest
