@@ -111,6 +111,7 @@ def shortened(words: list[str], program: str) -> list[str]:
                 words += ["--bench", "mme"]
     if program == "information.py" and value_after(words, "--layer") in (None, "all"):
         replace_value(words, "--layer", "22")
+        replace_value(words, "--window", "4")
     if program == "eval.py" and "--score" not in words:
         replace_value(words, "--seeds", "1")
         if value_after(words, "--layer") == "all":
