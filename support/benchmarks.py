@@ -407,8 +407,11 @@ def load_jsonl(file: Path, gold: bool = True) -> list[Question]:
     fields = {"id": (str, int), "image": str, "question": str}
     scored = fields | {"answers": list, "metric": str}
     questions = []
-    for entry in read_lines(file, **(scored if gold else fields)):
+    for entry in read_lines(file, **fields):
         about = f"question {entry['id']}"
+        if gold and not {"answers", "metric"} & entry.keys():
+            raise InputError(f"{file}: {about} has no answers and no metric, so it cannot be "
+                             "scored; information.py --answers own and demo.py need none")
         if "answers" in entry or "metric" in entry:
             check_own(require(entry, file, about, **scored), f"{file}: {about}")
         questions.append(Question(str(entry["id"]), file.parent / entry["image"],

@@ -32,7 +32,7 @@ def difference(values) -> str:
     """Mean and interval, as +1.0 [-0.5, +2.5]."""
     if values is None:
         return "-"
-    mean, low, high = (value + 0.0 for value in values)         # -0.0 is 0
+    mean, low, high = (round(value, 1) + 0.0 for value in values)       # -0.0 is 0
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
@@ -310,11 +310,14 @@ def print_information(benchmark: str, found: dict, args):
     print_information_table(benchmark, found)
     by_score = found["horizons"]["score"]
     by_divergence = found["horizons"]["divergence"]
-    print(f"{benchmark}: unpruned {by_score['unpruned']:.1f}. Horizon at layer "
-          f"{layer_and_interval(by_score)}: from there on, dropping every visual token costs at "
-          f"most {args.tolerance:.1%} of the score (our rule).{cost_of(by_score, args)}")
-    print(f"{benchmark}: without gold answers, at layer {layer_and_interval(by_divergence)}: from "
-          f"there on, the divergence is at most {args.threshold:.2%} of layer 0's (our rule)."
+    L = len(by_score["scores"])
+    costs = "costs" if found["with_gold"] else "changes"
+    of_what = "score" if found["with_gold"] else "answers"
+    rule = f"dropping every visual token {costs} {{}} {args.tolerance:.1%} of the {of_what}"
+    print(f"{benchmark}: unpruned {by_score['unpruned']:.1f}; {place_of(by_score, L, rule)}"
+          f"{cost_of(by_score, args)}")
+    rule = f"the divergence is {{}} {args.threshold:.2%} of layer 0's"
+    print(f"{benchmark}: without gold answers, {place_of(by_divergence, L, rule)}"
           f"{cost_of(by_divergence, args)}")
     print_information_verdict(benchmark, found["information"], found["vanishes"])
     if args.target == "first":
@@ -362,8 +365,14 @@ def cost_of(horizon: dict, args) -> str:
             "score of the others.")
 
 
-def layer_and_interval(horizon: dict) -> str:
-    return f"{horizon['layer']} [{horizon['low']:g}, {horizon['high']:g}]"
+def place_of(horizon: dict, L: int, rule: str) -> str:
+    """A horizon's layer and interval, and what holds from there on. rule has a place for "at most",
+    or for "more than" where layer L, past the last, says that there is none."""
+    interval = f"[{horizon['low']:g}, {horizon['high']:g}]"
+    if horizon["layer"] < L:
+        return (f"horizon at layer {horizon['layer']} {interval}: from there on, "
+                f"{rule.format('at most')} (our rule).")
+    return f"no horizon {interval}: even at layer {L - 1}, {rule.format('more than')} (our rule)."
 
 
 def print_information_verdict(benchmark: str, rows: list[dict], vanishes: int | None):

@@ -139,7 +139,7 @@ def test_both_horizons_are_read_off_the_records(measured):
         layer = information.divergence_horizon(divergence)
         assert horizons["divergence"]["layer"] == layer
         assert horizons["divergence"]["nats"] == pytest.approx(divergence.tolist())
-        assert f"{benchmark}: without gold answers, at layer {layer} [" in printed
+        assert f"{benchmark}: without gold answers, horizon at layer {layer} [" in printed
     assert re.search(r"^textvqa's horizon lies [+-]\d+ \[.*\] layers from mme's$", printed, re.M)
 
 

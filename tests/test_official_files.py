@@ -179,7 +179,7 @@ def test_a_file_that_is_only_asked_needs_no_answers(folder):
     first, second = load_benchmark(str(file), folder, gold=False)
     assert (first.answers, first.metric) == ([], "")
     assert (second.answers, second.metric) == (["Yes"], "yesno")
-    with pytest.raises(InputError, match="answers is null"):
+    with pytest.raises(InputError, match="has no answers and no metric, so it cannot be scored"):
         load_benchmark(str(file), folder)
     file.write_text(lines(bare | {"metric": "yesno"}))
     with pytest.raises(InputError, match="answers is null"):

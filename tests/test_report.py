@@ -215,6 +215,17 @@ def test_negative_information_is_said_where_a_whole_interval_is(capsys):
     assert capsys.readouterr().out == ""                # layer 1 was not measured
 
 
+def test_a_horizon_past_the_last_layer_is_none():
+    horizon = {"layer": 22, "low": 21.0, "high": 23.5}
+    rule = "dropping every visual token costs {} 1 %"
+    assert report.place_of(horizon, 24, rule) == (
+        "horizon at layer 22 [21, 23.5]: from there on, dropping every visual token costs at most "
+        "1 % (our rule).")
+    assert report.place_of(horizon | {"layer": 24}, 24, rule) == (
+        "no horizon [21, 23.5]: even at layer 23, dropping every visual token costs more than 1 % "
+        "(our rule).")
+
+
 def test_the_distance_of_two_horizons_is_that_of_the_same_draws(capsys):
     def horizon(layer, draws):
         return {"horizons": {"score": {"layer": layer, "draws": draws}}}
