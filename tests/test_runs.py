@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,11 +144,12 @@ runs.hold(Path({str(tmp_path)!r})); print("held", flush=True); sys.stdin.read()
     other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
+    args = SimpleNamespace(out=tmp_path)
     with pytest.raises(InputError, match="another run is writing there"):
-        runs.hold(tmp_path)
+        runs.open_folder(args, {})
     other.kill()
     other.communicate()
-    runs.hold(tmp_path)
+    assert runs.open_folder(args, {}) == tmp_path
 
 
 def test_a_full_disk_ends_with_one_line_and_what_was_answered_stays(tmp_path, alone):
