@@ -114,6 +114,8 @@ def shortened(words: list[str], program: str) -> list[str]:
         replace_value(words, "--window", "4")
     if program == "eval.py" and "--score" not in words:
         replace_value(words, "--seeds", "1")
+        if not {"--method", "--schedule", "--budget"} & set(words):
+            words += ["--method", "dart,info"]          # all of them: test_eval.py
         if value_after(words, "--layer") == "all":
             replace_value(words, "--layer", "2,20")
     return words
