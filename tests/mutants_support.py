@@ -92,7 +92,8 @@ REPORT = {
     "the lead of an oracle upside down": ("((-mean, -high, -low), ", "((mean, low, high), "),
     "negative without its interval": ('row["mean"] + 1.96 * error < 0', 'row["mean"] < 0'),
     "a part called all": ("    if asked < known:\n", "    if False:\n"),
-    "minus zero": ("(value + 0.0 for value in values)", "values"),
+    "minus zero": ("(round(value, 1) + 0.0 for value in values)", "values"),
+    "minus a little taken for less than zero": ("round(value, 1) + 0.0", "value + 0.0"),
 }
 
 RECORDS = {

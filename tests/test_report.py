@@ -30,6 +30,10 @@ def test_numbers_and_differences_are_short_and_what_is_not_known_is_a_dash():
     assert report.difference((-0.0, -1, 1)) == "+0.0 [-1.0, +1.0]"
 
 
+def test_a_difference_that_rounds_to_zero_has_no_sign():
+    assert report.difference((-1e-15, -0.04, 0.04)) == "+0.0 [+0.0, +0.0]"
+
+
 def test_the_head_says_how_much_is_asked_and_shows_the_prompt(capsys):
     known = [SimpleNamespace(image=i // 2, prompt=f"q{i}", group="count") for i in range(6)]
     prompt = report.print_asked("mme", known[:4], known, "USER: {question}\nASSISTANT:")
