@@ -18,7 +18,7 @@ from tokprune import METHODS, keep, prefill, prune
 GPU = torch.device("cuda:0")
 CPU = torch.device("cpu")
 INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
-ARGS = SimpleNamespace(window=2, max_batch_tokens=2 ** 15, answers="gold", max_new_tokens=4,
+ARGS = SimpleNamespace(window=2, max_batch_tokens=2 ** 15, answers="gold", max_new_tokens=2,
                        repetition_penalty=1.0)
 
 
@@ -86,12 +86,12 @@ def main_path(model):
             measure = information.MEASURES[METHODS[method].measure]
             info = {method: measure(model, start, question, [1], ARGS)[1]}
         pruned = model.run(prune(model, reached, [method, method], 3, [0, 1], info))
-        found.append(model.decode(pruned, 4, 1.5))
-    found.append(model.decode(prefill(model, start, [(1, "grid", 0.5), (2, "random", 0)]), 4))
+        found.append(model.decode(pruned, 2, 1.5))
+    found.append(model.decode(prefill(model, start, [(1, "grid", 0.5), (2, "random", 0)]), 2))
     for mode in information.MODES:
         maps = information.token_information(model, start, "Yes", [0, 2], 3, mode, "each")
         found.append(maps.tolist())
-    found.append(information.answers_without_image(model, start, 4))
+    found.append(information.answers_without_image(model, start, 2))
     found.append(information.divergence_without_image(model, start, "Yes"))
     return found
 
