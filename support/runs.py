@@ -346,6 +346,8 @@ def hold(folder: Path):
     except BlockingIOError:
         raise InputError(f"--out {folder}: another run is writing there; want its end, or another "
                          "folder")
+    except OSError:                                     # a network's file system may have no locks
+        pass
 
 
 def provenance(args, model, data: dict) -> dict:

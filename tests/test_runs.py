@@ -134,7 +134,7 @@ def test_a_run_goes_on_where_it_stood_and_refuses_other_settings(run, tmp_path, 
         evaluation.main([*FLAGS, "--out", str(out)])
 
 
-def test_two_runs_do_not_write_to_one_folder(tmp_path):
+def test_two_runs_do_not_write_to_one_folder(tmp_path, monkeypatch):
     """The lock goes with its process, however that ends."""
     hold = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
@@ -149,6 +149,11 @@ runs.hold(Path({str(tmp_path)!r})); print("held", flush=True); sys.stdin.read()
         runs.open_folder(args, {})
     other.kill()
     other.communicate()
+    assert runs.open_folder(args, {}) == tmp_path
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
     assert runs.open_folder(args, {}) == tmp_path
 
 
