@@ -340,13 +340,14 @@ def hold(folder: Path):
         return
     if held is not None:
         os.close(held)
-    held = os.open(folder, os.O_RDONLY)
+        held = None
     try:
+        held = os.open(folder, os.O_RDONLY)
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"--out {folder}: another run is writing there; want its end, or another "
                          "folder")
-    except OSError:                                     # a network's file system may have no locks
+    except OSError:                                     # some file systems have no locks
         pass
 
 
