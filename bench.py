@@ -111,7 +111,7 @@ def schedules_of(args, L: int) -> dict[str, tuple]:
 
 def methods_at(args, layer: int) -> list[str]:
     """Those of --method, or all that can act there."""
-    if args.method:
+    if args.method is not None:
         methods = args.method.split(",")
         for method in methods:
             check_method(method, layer)

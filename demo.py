@@ -125,13 +125,15 @@ def parse_arguments(argv: list[str]):
     runs.add_answer_flags(p)
     runs.add_output_flags(p)
     args = p.parse_args(argv)
+    if args.question == "":
+        raise InputError("--question: is empty")
     if args.image and not args.question:
         raise InputError("--image: needs --question, what to ask about it")
     if not args.question:
         args.question = QUESTION
         args.answer = args.answer or ANSWER
     args.image = args.image or PICTURE
-    if args.method:
+    if args.method is not None:
         args.method = args.method.split(",")
     else:
         args.method = []

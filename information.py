@@ -513,8 +513,8 @@ def calibrate(model, benchmark: str, questions: list, args, out: Path) -> tuple[
     images = {question.image for question in chosen}
     others = [question for question in questions if question.image not in images]
     if not others:
-        raise InputError(f"--calibrate: {args.calibrate} questions are all that {benchmark} has; "
-                         "want some that remain to be scored")
+        raise InputError(f"--calibrate: {args.calibrate}, and {benchmark} has {len(questions)} "
+                         "questions; want some that remain to be scored")
     folder = out / "calibration"
     folder.mkdir(exist_ok=True)
     records = measure_horizon(model, benchmark, chosen, args, folder)

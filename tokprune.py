@@ -13,7 +13,7 @@ A method is a function of a View, `method(view, n) -> indices`, or (indices, row
 and an entry in METHODS.
 
 A model is one file. It has to hold
-    PROMPT, load(path, device=None, dtype=None) -> model
+    PROMPT, read_config(path) -> config, load(path, device=None, dtype=None) -> model
 and the model, an nn.Module,
     num_layers, config.text, tokenizer, eos (the ids that end an answer)
     preprocess(image)                       what `begin` takes in place of a PIL image
@@ -182,6 +182,8 @@ def choose(view: "View", method: str, n: int) -> tuple[Tensor, Tensor | None]:
     else:
         idx = chosen(view, n)
         rows = None
+        assert isinstance(idx, Tensor), f"{method} returned {type(idx).__name__}; want merges=True?"
+    assert rows is None or len(rows) == n, f"{method} merged into {len(rows)} rows, want {n}"
     assert idx.shape == (n,) and (idx.diff() > 0).all(), \
         f"{method} chose {idx.tolist()}, want {n} ascending of {V}"
     return idx.cpu(), rows
@@ -498,7 +500,7 @@ def highest(score: Tensor, n: int) -> Tensor:
 class Method:
     """A pruning method and what is true of it. Programs ask these fields and compare no names."""
     function: Callable              # (view, n) -> indices (n,), ascending
-    color: str                      # in every picture
+    color: str                      # "#rrggbb", in every picture
     needs_layer: bool = False       # it reads attention or keys of the layer before
     draws: bool = False             # at random: several seeds are averaged
     merges: bool = False            # it returns (indices, rows (n, C) to put there, or None)

@@ -399,7 +399,8 @@ OWN = ("vqa", "exact", "yesno", "choice")
 
 def load_jsonl(file: Path, gold: bool = True) -> list[Question]:
     """A question a line: id, image (a path from the file's folder), question (the whole prompt),
-    answers, metric. Without gold, a line may lack both answers and metric. Raises InputError.
+    answers, metric. Without gold, a line may lack both answers and metric. Answers are as the model
+    writes them: information measures these very tokens. Raises InputError.
 
     metric: vqa (ten answers, soft accuracy), exact (GQA's equality), yesno (MME's rule), choice
     (ScienceQA's, the answer is a letter).

@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7)
             advice = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
             raise InputError(f"{flag}: no such flag; {advice}")
         args.command = shlex.join([self.prog, *argv])

@@ -69,7 +69,7 @@ def test_the_rule_and_its_threshold_decide(monkeypatch, tmp_path):
 
 
 def test_a_horizon_that_cannot_be_had_is_said(monkeypatch, tmp_path):
-    with pytest.raises(InputError, match="--calibrate: 6 questions are all that mine has"):
+    with pytest.raises(InputError, match="--calibrate: 6, and mine has 6 questions"):
         calibrate(monkeypatch, tmp_path, settings(calibrate=6))
     with pytest.raises(InputError, match="--layer horizon: mine has none"):
         calibrate(monkeypatch, tmp_path, settings(), works_from=4)

@@ -1,13 +1,17 @@
-"""Schedules, budgets and FLOPs."""
+"""Schedules, budgets and FLOPs; the names that schedules are made of."""
+import re
+
 import pytest
 import torch
 from checkpoints import load
 from samples import QUESTIONS, images
 from torch.utils.flop_counter import FlopCounterMode
 
+import information
 import tokprune
 from support.made_up import decoder_of
-from tokprune import InputError, at_budget, format_schedule, parse_schedule, prefill, prune
+from tokprune import (METHODS, InputError, at_budget, format_schedule, parse_schedule, prefill,
+                      prune)
 
 
 @pytest.mark.parametrize("text, want", [
@@ -135,3 +139,9 @@ def test_flops_behind_a_cache_are_what_the_whole_costs_less_what_is_in_it():
     c = load("qwen_untied").config.text
     whole = tokprune.flops(c, [40, 30])
     assert tokprune.flops(c, [25, 15], past=15) == whole - tokprune.flops(c, [15, 15])
+
+
+def test_an_entry_of_methods_can_be_typed_drawn_and_measured():
+    for name, method in METHODS.items():
+        assert re.fullmatch(r"[\w-]+", name) and re.fullmatch("#[0-9a-f]{6}", method.color), name
+        assert method.measure in ("", *information.MEASURES), name
