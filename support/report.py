@@ -63,8 +63,8 @@ def print_asked(benchmark: str, questions: list, known: list, template: str) -> 
     prompt = template.format(question=questions[0].prompt)
     subtasks = ""
     if benchmark == "mme":
-        there = len({question.group for question in known})
-        subtasks = f", {there} of {len(PERCEPTION + COGNITION)} subtasks"
+        asked = len({question.group for question in questions})
+        subtasks = f", {asked} of {len(PERCEPTION + COGNITION)} subtasks"
     print(f"\n{benchmark}: {part_of(len(questions), len(known))}, {images} images{subtasks}; "
           f"the first prompt: {json.dumps(prompt)}\n")
     return prompt
