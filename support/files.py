@@ -83,6 +83,8 @@ def read_image(file: Path) -> Image.Image:
     try:
         image = Image.open(file)
         image.load()
+    except FileNotFoundError:
+        raise InputError(f"{file}: not found; want an image")
     except MemoryError:
         raise
     except Exception as e:          # Pillow raises OSError, ValueError, SyntaxError and its own

@@ -100,7 +100,7 @@ BAD_INPUT = [
     ("information.py --agreement", "want --layer 1 or later"),
     ("information.py --ratio 0.5", "--ratio: no such flag"),
     ("information.py --plot curve.gif", "--plot curve.gif"),
-    ("demo.py --image nowhere.png --question x", "nowhere.png"),
+    ("demo.py --image nowhere.png --question x", "nowhere.png: not found; want an image"),
     ("demo.py --image README.md --question x", "cannot be read as an image"),
     ("demo.py --image HALF --question x", "half.jpg: cannot be read as an image"),
     ("demo.py --image cat.jpg", "--image: needs --question"),
