@@ -277,7 +277,7 @@ def parse_arguments(argv: list[str]):
     group.add_argument("--positions", choices=["keep", "compact"], default="keep",
                        help="of kept tokens: original or renumbered (default: keep)")
     group.add_argument("--seeds", type=runs.whole(1), default=3, metavar="N",
-                       help="seeds that random, and others that draw, are averaged over (default: 3)")
+                       help="seeds that methods which draw are averaged over (default: 3)")
     runs.add_answer_flags(runs.add_model_flags(p))
     runs.add_data_flags(p)
     group = runs.add_measuring_flags(p)

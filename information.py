@@ -66,7 +66,7 @@ def token_information(model, stream: Stream, answer: str, layers: list[int], win
         raise InputError(f"information: the answer {answer!r} has no token; want one at least")
     if target == "first":
         ids = ids[:1]
-    said = [[token] for token in ids]
+    said = [[token] for token in ids]                   # any of several ids may end the answer
     if target == "each":
         said.append(sorted(model.eos))
     prompt = with_answer(model, stream, [tokens[0] for tokens in said[:-1]])
@@ -347,7 +347,10 @@ def own_answer(model, stream: Stream, args) -> str:
 
 def agreement_of_scores(model, stream: Stream, question, layers: list[int], args) -> dict:
     """{name: of each layer}: Spearman's rank correlation, over the N visual tokens, of what methods
-    rank by, and of other measures, with the information of single tokens for the whole answer."""
+    rank by, and of other measures, with the information of single tokens for the whole answer.
+
+    layers: ascending, 1 or later.
+    """
     answer = answer_to_measure(model, stream, question, "answer", args)
     first = answer_to_measure(model, stream, question, "first", args)
 
@@ -360,15 +363,17 @@ def agreement_of_scores(model, stream: Stream, question, layers: list[int], args
               "information of the first token": measured(first, "keep-one", "first"),
               "leave-one-out information": measured(answer, "leave-one-out", "answer")}
     for reached in inputs_of_layers(model, stream, layers):
-        for name, score in scores_of_methods(model, reached).items():
-            scores.setdefault(name, []).append(score)
-    return {name: [statistics.rank_correlation(score.cpu().numpy(), truth.numpy())
-                   for score, truth in zip(of_layers, exact)]
-            for name, of_layers in scores.items()}
+        for name, ranked_by in scores_of_methods(model, reached).items():
+            scores.setdefault(name, []).append(ranked_by)
+    found = {}
+    for name, of_layers in scores.items():
+        found[name] = [statistics.rank_correlation(ranked_by.cpu().numpy(), truth.numpy())
+                       for ranked_by, truth in zip(of_layers, exact)]
+    return found
 
 
 def scores_of_methods(model, reached: Stream) -> dict[str, Tensor]:
-    """(N,) each: what published methods rank by at the layer that an unpruned stream has reached."""
+    """(N,) each: what published methods rank by at the layer an unpruned stream has reached."""
     view = view_of(model, reached, 0, 0, None)
     start, N = view.visual
     last = torch.tensor([len(view.x) - 1])

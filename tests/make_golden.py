@@ -17,8 +17,8 @@ import torch
 import transformers
 from PIL import Image
 from published import HUB_3B, HUB_7B
-from recording import (GOLDEN, add_configs, digest, greedy, llama_tokenizer, pruned_answers,
-                       qwen_tokenizer, received, recorded_attention, save_checkpoint)
+from recording import (GOLDEN, add_configs, digest, llama_tokenizer, qwen_tokenizer, received,
+                       record_answers, recorded_attention, save_checkpoint)
 from safetensors.torch import save_file
 from samples import QUESTIONS, images
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2_5_VLConfig
@@ -147,18 +147,8 @@ def record_case(model, tokenizer, inputs: dict, prune: bool, extras) -> tuple[di
     tensors = extras(model, inputs) if extras else {}
     tensors["ids"] = inputs["input_ids"][0]
     tensors["hidden"] = torch.cat(out.hidden_states)    # (L+1, T, C), the last after the final norm
-    logits, tokens = greedy(model, inputs, NEW_TOKENS)
-    _, penalised = greedy(model, inputs, NEW_TOKENS, 1.5)
-    tensors["logits"] = logits
-    tensors["tokens"] = tokens
-    pruned = {}
-    if prune:
-        found, pruned = pruned_answers(model, inputs, NEW_TOKENS)
-        tensors |= found
-
-    def text(ids):
-        return tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return tensors, {"pruned": pruned, "text": text(tokens), "penalised_text": text(penalised)}
+    found, case = record_answers(model, tokenizer, inputs, NEW_TOKENS, prune)
+    return tensors | found, case
 
 
 def record_pixels():

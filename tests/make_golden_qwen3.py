@@ -14,8 +14,8 @@ import sys
 
 import torch
 import transformers
-from recording import (GOLDEN, add_configs, digest, greedy, pruned_answers, qwen_tokenizer,
-                       received, recorded_attention, save_checkpoint)
+from recording import (GOLDEN, add_configs, digest, qwen_tokenizer, received, record_answers,
+                       recorded_attention, save_checkpoint)
 from safetensors.torch import save_file
 from samples import images
 from transformers import Qwen3VLConfig
@@ -130,17 +130,8 @@ def record_case(model, tokenizer, inputs: dict, prune: bool) -> tuple[dict, dict
     tensors["ids"] = inputs["input_ids"][0]
     tensors["pos"] = pos[:, 0]
     tensors["next_pos"] = delta.view(1) + inputs["input_ids"].shape[1]
-    tensors["logits"], tensors["tokens"] = greedy(model, inputs, NEW_TOKENS)
-    _, penalised = greedy(model, inputs, NEW_TOKENS, 1.5)
-    pruned = {}
-    if prune:
-        found, pruned = pruned_answers(model, inputs, NEW_TOKENS)
-        tensors |= found
-
-    def text(ids):
-        return tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return tensors, {"pruned": pruned, "text": text(tensors["tokens"]),
-                     "penalised_text": text(penalised)}
+    found, case = record_answers(model, tokenizer, inputs, NEW_TOKENS, prune)
+    return tensors | found, case
 
 
 def small(tensor: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,8 @@ LLAVA = BOTH | {
     "image between the wrong rows": ("x[start:start + V] = features", "x[:V] = features"),
     "padding rounded up": ("int(m * 255)", "round(m * 255)"),
     "crop rounded up": ("(image.width - size) // 2", "(image.width - size + 1) // 2"),
-    "long edge rounded": ("long = int(size * max(image.size) / min(image.size))", "long = round(size * max(image.size) / min(image.size))"),
+    "long edge rounded": ("int(size * max(image.size) / min(image.size))",
+                          "round(size * max(image.size) / min(image.size))"),
     "alpha dropped when cropping": (
         'pad_to_square(image) if mode == "pad" else on_white(image)',
         'pad_to_square(image) if mode == "pad" else image.convert("RGB")'),
@@ -167,7 +168,7 @@ CHECKPOINT = {
         "        if name not in inspect.signature(module.load).parameters:\n",
         "        if False:\n"),
     "a bound saved as size ignored": ("(size.get(of_size), raw.get(name))", "(raw.get(name),)"),
-    "a tensor that is there twice": ("            if name in weights:\n", "            if False:\n"),
+    "a tensor that is there twice": ("if name in weights:\n", "if False:\n"),
     "cuDNN's attention stays on": ("torch.backends.cuda.enable_cudnn_sdp(False)", "pass"),
     "a relative of a model taken for unknown": (
         "MODELS.get(kind) or RELATIVES.get(kind)", "MODELS.get(kind)"),

@@ -33,7 +33,7 @@ EVAL = {
     "layer 0 always whole": ("changes = [[0, tokens[0]]]", "changes = [[0, N]]"),
     "keeping nothing drawn by seed": ("amount in (0, 1) and not", "amount in (1,) and not"),
     "keeping all drawn by seed": ("amount in (0, 1) and not", "amount in (0,) and not"),
-    "keeping one taken for keeping none": ("amount in (0, 1) and not keeps_one", "amount in (0, 1)"),
+    "keeping one taken for keeping none": ("in (0, 1) and not keeps_one", "in (0, 1)"),
     "compared with the last schedule": ("first = schedules[0] if", "first = schedules[-1] if"),
     "horizon stands for layer 0": ('f"@{horizon_layer}"', '"@0"'),
     "calibration questions scored": ("questions = runs.sample(questions, args.limit",

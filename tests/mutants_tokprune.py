@@ -130,8 +130,8 @@ TOKPRUNE = {
 }
 
 INFORMATION = {
-    "every score against the first layer": ("for score, truth in zip(of_layers, exact)]",
-                                            "for score, truth in zip(of_layers, exact[:1])]"),
+    "every score against the first layer": ("for ranked_by, truth in zip(of_layers, exact)]",
+                                            "for ranked_by, truth in zip(of_layers, exact[:1])]"),
     "the first token's information of the whole answer": (
         "measured(first, \"keep-one\", \"first\")", "measured(answer, \"keep-one\", \"answer\")"),
     "whole-answer information takes the last token's": (

@@ -140,6 +140,22 @@ def received(attention) -> torch.Tensor:
     return attention[0].mean((0, 1)).view(-1, 4).mean(1)
 
 
+def record_answers(model, tokenizer, inputs: dict, new_tokens: int, prune: bool):
+    """Tensors of the greedy answer and, with prune, of pruned ones; and what the JSON file says of
+    them."""
+    logits, tokens = greedy(model, inputs, new_tokens)
+    _, penalised = greedy(model, inputs, new_tokens, 1.5)
+    tensors = {"logits": logits, "tokens": tokens}
+    pruned = {}
+    if prune:
+        found, pruned = pruned_answers(model, inputs, new_tokens)
+        tensors |= found
+
+    def text(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return tensors, {"pruned": pruned, "text": text(tokens), "penalised_text": text(penalised)}
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 def save_checkpoint(model, folder: Path, shard: str) -> list[str]:

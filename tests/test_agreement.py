@@ -54,7 +54,8 @@ def test_scores_are_ranked_against_the_information_of_single_tokens(name, monkey
     left_out = token_information(model, start, "ab", [1, 2], 1, "leave-one-out", "answer")
     seen = information.attention_of_answer(model, start, question, [2], ARGS)[2].sum(1)
     norms = view.keys[first:first + N].abs().sum(1)
-    for name, score in (("attention of the last prompt row", last), ("norm of keys, as DART", norms),
+    for name, score in (("attention of the last prompt row", last),
+                        ("norm of keys, as DART", norms),
                         ("attention of the own answer, as hindsight", seen),
                         ("information of the first token", alone[1]),
                         ("leave-one-out information", left_out[1].flatten())):

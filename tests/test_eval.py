@@ -40,7 +40,7 @@ def test_odd_answers_are_counted_over_seeds():
     cells = [evaluation.Cell("random", ((1, "random", 3),), seed) for seed in (0, 1)]
     one, other = (cell.key for cell in cells)
     records = [{"answers": {one: " ", other: "yes"}, "parsed": {one: None, other: "yes"}},
-               {"answers": {one: "yesterday", other: ""}, "parsed": {one: "yesterday", other: None}},
+               {"answers": {one: "yesno", other: ""}, "parsed": {one: "yesno", other: None}},
                None]
     questions = [Question(id, None, "", ["Yes"], "exact") for id in "123"]
     assert evaluation.odd_answers(cells, questions, records) == {

@@ -158,7 +158,8 @@ def test_a_sweep_says_what_the_paper_asks_of_it(capsys):
                               "| 1 | 45.0 | 40.0 | 60.0 | 90.0 |\n")
     assert "no method beats random from layer 2 on" in printed
     assert "largest lead over random is +20.0 [+10.0, +30.0], dart at layer 1" in printed
-    assert "0 of 2 cells are below random, their whole interval under 0; by chance one expects" in printed
+    assert "0 of 2 cells are below random, their whole interval under 0; by chance one expects 0." \
+        in printed
     assert "from layer 2 on every method is within [-1.0, +2.0] of random" in printed
     assert "methods beat dropping everything at layer 1 (dart)." in printed
     assert "no method is shown to lose to dropping everything at any layer." in printed
