@@ -70,7 +70,7 @@ def whole(low: int):
     return convert
 
 
-def number(fits, want: str):
+def number_that(fits, want: str):
     """A type for argparse: a number that fits."""
     def convert(text: str) -> float:
         try:
@@ -83,8 +83,8 @@ def number(fits, want: str):
     return convert
 
 
-share = number(lambda value: 0 <= value <= 1, "0 to 1")             # nan is not
-positive = number(lambda value: 0 < value < math.inf, "a number above 0")
+share = number_that(lambda value: 0 <= value <= 1, "0 to 1")             # nan is not
+positive = number_that(lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def add_model_flags(p: Parser):
@@ -127,7 +127,7 @@ def add_measuring_flags(p: Parser):
     group.add_argument("--threshold", type=share, default=0.002, metavar="T",
                        help="divergence past the horizon, as a share of layer 0's (default: 0.002)")
     group.add_argument("--calibrate", type=whole(1), default=20, metavar="N",
-                       help="questions that a horizon is measured on, to be scored on the others "
+                       help="questions that a horizon is measured on; the others are scored "
                             "(default: 20)")
     group.add_argument("--tolerance", type=share, default=0.01, metavar="T",
                        help="score past the horizon that may be lost, as a share (default: 0.01)")

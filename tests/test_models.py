@@ -1,6 +1,5 @@
 """Every model equals transformers 5.23 on the recordings of the make_golden scripts."""
 import json
-from pathlib import Path
 
 import pytest
 import torch
