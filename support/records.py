@@ -18,7 +18,7 @@ from support.files import read_text, write_text
 from tokprune import InputError
 
 RANK = 0                                # number of this process
-WORLD = 1                               # of processes
+WORLD = 1                               # how many processes there are
 LOCAL_RANK = 0                          # number of this process on its machine, and of its GPU
 if "TORCHELASTIC_RUN_ID" in os.environ:             # set by torchrun, with the three below
     RANK = int(os.environ["RANK"])

@@ -337,7 +337,7 @@ def print_information(benchmark: str, found: dict, args):
 
 
 def print_own_and_gold(benchmark: str, found: dict):
-    """What it matters that the model's own answer was measured, where it is not the gold one."""
+    """How often the model's own answer is not the gold one, and how alike their maps are there."""
     known = [value for of_layers in found["own_and_gold"] for value in of_layers
              if value is not None]
     mean = np.mean(known) if known else None
@@ -379,8 +379,8 @@ def print_information_verdict(benchmark: str, rows: list[dict], vanishes: int | 
     """Where information is gone, and where it misleads."""
     base = mean_of_layer_1(rows)
     if base is not None and base > 0:
-        gone = "nowhere" if vanishes is None else f"from layer {vanishes} on"
-        print(f"{benchmark}: mean information is under 1 % of layer 1's {gone} (our rule).")
+        gone = "never stays" if vanishes is None else f"from layer {vanishes} on stays"
+        print(f"{benchmark}: mean information {gone} under 1 % of layer 1's (our rule).")
     misleading = []
     for row in rows:
         error = row["standard_errors"]["mean"]

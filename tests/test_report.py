@@ -211,11 +211,11 @@ def test_negative_information_is_said_where_a_whole_interval_is(capsys):
         "mme", [at(1, 0.2, 0.01), at(14, -0.02, 0.02), at(17, -0.02, 0.01), at(20, -0.02, None)],
         vanishes=22)
     printed = capsys.readouterr().out
-    assert "under 1 % of layer 1's from layer 22 on" in printed
+    assert "mean information from layer 22 on stays under 1 % of layer 1's" in printed
     assert "at layer 17 it is negative, its whole interval under 0" in printed
     report.print_information_verdict("mme", [at(1, 0.2, 0.01)], vanishes=None)
-    assert capsys.readouterr().out == "mme: mean information is under 1 % of layer 1's nowhere " \
-                                      "(our rule).\n"
+    assert capsys.readouterr().out == ("mme: mean information never stays under 1 % of layer 1's "
+                                       "(our rule).\n")
     report.print_information_verdict("mme", [at(20, 0.2, 0.01)], vanishes=None)
     assert capsys.readouterr().out == ""                # layer 1 was not measured
 
