@@ -26,7 +26,6 @@ NOT_HERE = {
     "pip install": "installs packages",
     "python -m pytest": "runs the tests",
     "python tests/kill_and_resume.py": "takes minutes; test_runs.py runs what it does",
-    "python tests/mutants.py": "takes an hour",
     "python tests/make_golden": "needs transformers",
     "python tiny/make.py": "trains for hours; test_tiny.py runs parts of it",
     "python bench.py --parts transformers": "needs transformers",
