@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from support import checkpoint
 from support.files import read_json
-from tokprune import KV, InputError, Stream, with_room
+from tokprune import KV, InputError, Stream, decode
 
 # the chat template of the checkpoint for one user turn: image first, no BOS, ends with a newline
 PROMPT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -130,36 +130,7 @@ class Qwen(nn.Module):
             f"stream is at layer {stream.layer}, want {self.num_layers}"
         return self.lm_head(self.final_norm(stream.x[:, row])).float()
 
-    @torch.inference_mode()
-    def decode(self, stream: Stream, max_new_tokens: int = 16,
-               repetition_penalty: float = 1.0) -> list[str]:
-        """Greedy answers of the B variants, through each layer's own cache. Stops when all ended.
-
-        repetition_penalty: logits of every token of prompt (image included) or answer are divided
-        by it, negative ones multiplied, as in transformers. The published generation_config.json
-        says 1.05; 1 changes nothing.
-        """
-        stream = with_room(stream)
-        B = len(stream.x)
-        answers = [[] for _ in range(B)]
-        ended = [False] * B
-        seen = stream.ids.expand(B, -1)                         # (B, prompt and answers so far)
-        for step in range(max_new_tokens):
-            logits = self.logits(stream)
-            repeated = logits.gather(1, seen)
-            penalised = torch.where(repeated < 0, repeated * repetition_penalty,
-                                    repeated / repetition_penalty)
-            logits.scatter_(1, seen, penalised)
-            ids = logits.argmax(-1)                             # (B,), ties to the lowest id
-            for b, token in enumerate(ids.tolist()):
-                ended[b] = ended[b] or token in self.eos
-                if not ended[b]:
-                    answers[b].append(token)
-            if all(ended) or step == max_new_tokens - 1:
-                break
-            seen = torch.cat([seen, ids[:, None]], 1)
-            stream = self.run(self.append(stream, ids[:, None]))
-        return [self.tokenizer.decode(answer).strip() for answer in answers]
+    decode = decode                     # tokprune's, the same for every model
 
     def append(self, stream: Stream, ids: Tensor) -> Stream:
         """New tokens (B, n) alone -> Stream at layer 0; the rows before are in the cache."""

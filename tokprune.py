@@ -242,6 +242,37 @@ def prefill(model, stream: Stream, schedule: list, seed: int = 0,
     return model.run(stream)
 
 
+@torch.inference_mode()
+def decode(model, stream: Stream, max_new_tokens: int = 16,
+           repetition_penalty: float = 1.0) -> list[str]:
+    """Return the greedy answers of the B variants of a stream past the last layer.
+
+    Stops when all have ended. repetition_penalty: logits of every token of prompt (image included)
+    or answer are divided by it, negative ones multiplied, as in transformers; 1 changes nothing.
+    """
+    stream = with_room(stream)
+    B = len(stream.x)
+    answers = [[] for _ in range(B)]
+    ended = [False] * B
+    seen = stream.ids.expand(B, -1)                             # (B, prompt and answers so far)
+    for step in range(max_new_tokens):
+        logits = model.logits(stream)
+        repeated = logits.gather(1, seen)
+        penalized = torch.where(repeated < 0, repeated * repetition_penalty,
+                                repeated / repetition_penalty)
+        logits.scatter_(1, seen, penalized)
+        ids = logits.argmax(-1)                                 # (B,), ties to the lowest id
+        for b, token in enumerate(ids.tolist()):
+            ended[b] = ended[b] or token in model.eos
+            if not ended[b]:
+                answers[b].append(token)
+        if all(ended) or step == max_new_tokens - 1:
+            break
+        seen = torch.cat([seen, ids[:, None]], 1)
+        stream = model.run(model.append(stream, ids[:, None]))
+    return [model.tokenizer.decode(answer).strip() for answer in answers]
+
+
 # ---- what a method sees --------------------------------------------------------------------------
 
 @dataclass
