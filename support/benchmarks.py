@@ -40,6 +40,11 @@ class Question:
         return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:4], "big")
 
     @property
+    def identity(self) -> tuple:
+        """What makes it the same question, wherever its files lie."""
+        return self.id, self.image.name, self.prompt, self.answers, self.metric
+
+    @property
     def gold_normalised(self) -> str:
         """The answer whose first token the paper measures: of ten, the best-scoring one after
         normalising; else Yes or No, the letter, or the first answer."""
