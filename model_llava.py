@@ -1,5 +1,5 @@
 """LLaVA-1.5 in one file: prompt, the model and its layer loop, LLaMA decoder, CLIP tower and
-projector, image; then configuration and loading.
+projector, padding of the image; then configuration and loading.
 
 `Llava.run` moves a Stream forward by layers and stops wherever it is asked to, so that tokprune can
 take visual rows out of it. Everything here is the published model; pruning is not its business.
@@ -7,11 +7,11 @@ take visual rows out of it. Everything here is the published model; pruning is n
     B variants of one prompt   T rows   S rows with those in the cache   V visual tokens
     C width   H heads   G key/value heads   D head width
 """
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -19,15 +19,14 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from support import checkpoint
-from support.files import read_json
+from support.image import CLIP_MEAN, CLIP_STD, normalize
 from tokprune import KV, InputError, Stream, decode
 
-# vicuna_v1, the conversation of LLaVA's own evaluation; no blank after the last colon
+# vicuna_v1, the conversation of LLaVA's own evaluation, which has no repetition penalty; no space
+# after the last colon
 PROMPT = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
           "gives helpful, detailed, and polite answers to the user's questions. USER: <image>\n"
           "{question} ASSISTANT:")
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -50,21 +49,20 @@ class Llava(nn.Module):
         inv_freq = 1 / text.rope_theta ** (exponent / text.head_dim)
         self.register_buffer("inv_freq", inv_freq, persistent=False)    # float32 in every dtype
 
-    def preprocess(self, image: Image.Image, mode: str = "pad") -> Tensor:
-        """(3, side, side) float32. `pad`: LLaVA's own evaluation; `crop`: the published processor.
-        """
-        assert mode in ("pad", "crop"), f"mode is {mode!r}"
-        return normalize(self.canvas(image, mode))
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Return the pixels (3, side, side) float32, padded as in LLaVA's own evaluation; the
+        processor of the checkpoint crops."""
+        return normalize(self.canvas(image), CLIP_MEAN, CLIP_STD)
 
-    def canvas(self, image: Image.Image, mode: str = "pad") -> Image.Image:
-        """The square image that the visual tokens tile."""
-        size = self.config.vision.image_size
-        image = pad_to_square(image) if mode == "pad" else on_white(image)
-        return center_crop(resize_shortest_edge(image, size), size)
+    def canvas(self, image: Image.Image) -> Image.Image:
+        """Return the square image that the visual tokens tile."""
+        side = self.config.vision.image_size
+        return pad_to_square(image).resize((side, side), Image.BICUBIC)
 
     @torch.inference_mode()
     def begin(self, image: Image.Image | Tensor, question: str) -> Stream:
-        """A prompt about one image, or its pixels from `preprocess` -> Stream at layer 0, B = 1."""
+        """Begin a prompt about one image, or its pixels from `preprocess` -> Stream at layer 0,
+        B = 1."""
         pixels = image if isinstance(image, Tensor) else self.preprocess(image)
         embed = self.language_model.embed_tokens
         device = embed.weight.device
@@ -85,11 +83,11 @@ class Llava(nn.Module):
         return Stream(layer=0, x=x[None], pos=torch.arange(T, device=device)[None], next_pos=T,
                       visual=(start, V), origin=torch.arange(V, device=device)[None], N=V,
                       grid=(side, side), cache=[None] * self.num_layers, queries=None, ids=ids,
-                      embeds=x, saliency=lambda: saliency()[0])
+                      embeds=x, saliency=functools.cache(lambda: saliency()[0]))
 
     @torch.inference_mode()
     def run(self, stream: Stream, stop: int | None = None) -> Stream:
-        """Layers stream.layer .. stop-1 on every row -> Stream at layer `stop` (None: past the
+        """Run layers stream.layer .. stop-1 on every row -> Stream at layer `stop` (None: past the
         last).
 
         The one decoder loop: prefill, pruned prefill and decoding all pass here. Rows that a
@@ -109,7 +107,7 @@ class Llava(nn.Module):
         return replace(stream, layer=stop, x=x, cache=cache, queries=queries)
 
     def cos_sin(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
-        """Positions (B, T) -> cos and sin (B, 1, T, D), from angles in float32."""
+        """Turn positions (B, T) into cos and sin (B, 1, T, D), from angles in float32."""
         angles = pos[:, None, :, None].float() * self.inv_freq                  # (B, 1, T, D/2)
         return signed_cos_sin(angles, dtype)
 
@@ -118,7 +116,8 @@ class Llava(nn.Module):
 
     @torch.inference_mode()
     def logits(self, stream: Stream, row: int = -1) -> Tensor:
-        """(B, vocab) float32, of the token after that row of a stream past the last layer."""
+        """Return (B, vocab) float32, of the token after that row of a stream past the last layer.
+        """
         assert stream.layer == self.num_layers, \
             f"stream is at layer {stream.layer}, want {self.num_layers}"
         return self.lm_head(self.final_norm(stream.x[:, row])).float()
@@ -126,14 +125,16 @@ class Llava(nn.Module):
     decode = decode                     # tokprune's, the same for every model
 
     def append(self, stream: Stream, ids: Tensor) -> Stream:
-        """New tokens (B, n) alone -> Stream at layer 0; the rows before are in the cache."""
+        """Begin again with new tokens (B, n) only -> Stream at layer 0; the rows before are in the
+        cache."""
         x = self.language_model.embed_tokens(ids)                               # (B, n, C)
         next_pos = stream.next_pos + ids.shape[1]
         pos = torch.arange(stream.next_pos, next_pos, device=x.device)[None]
         return replace(stream, layer=0, x=x, pos=pos, next_pos=next_pos, queries=None)
 
     def answer_ids(self, answer: str) -> list[int]:
-        """The tokens the model would emit for that answer; "Yes" after "ASSISTANT:" is "▁Yes"."""
+        """Return the tokens the model would emit for that answer: after "ASSISTANT:", "Yes" is
+        "▁Yes"."""
         return self.tokenizer.encode(answer, add_special_tokens=False).ids
 
 
@@ -156,7 +157,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x: Tensor, rope, past: KV | None = None):
-        """-> x, this layer's queries (B, H, T, D), and the cache of all rows so far."""
+        """Return x, this layer's queries (B, H, T, D), and the cache of all rows so far."""
         y, q, cache = self.self_attn(self.input_layernorm(x), rope, past)
         y = x + y                                       # the same name: frees attention's output
         return y + self.mlp(self.post_attention_layernorm(y)), q, cache
@@ -204,7 +205,7 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Normalises in float32 and rounds before it multiplies by the weight, as the original does."""
+    """Normalizes in float32 and rounds before it multiplies by the weight, as the original does."""
 
     def __init__(self, C: int, eps: float):
         super().__init__()
@@ -212,18 +213,21 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        # narrower ones the kernel widens by itself, which saves two launches
+        wide = x.float() if x.dtype == torch.float64 else x
+        return self.weight * F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def signed_cos_sin(angles: Tensor, dtype) -> tuple[Tensor, Tensor]:
-    """(..., D/2) -> cos and sin (..., D) for `rotate`; the first half of sin is negated."""
+    """Return cos and sin (..., D) of angles (..., D/2) for `rotate`; the first half of sin is
+    negated."""
     cos = angles.cos()
     sin = angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x: Tensor, rope) -> Tensor:
-    """Rotary embedding in LLaMA's half-split form: dimension i turns with i + D/2."""
+    """Apply the rotary embedding in LLaMA's half-split form: dimension i turns with i + D/2."""
     cos, sin = rope
     return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
 
@@ -241,8 +245,11 @@ class VisionTower(nn.Module):
         self.encoder.layers = nn.ModuleList(VisionBlock(c) for _ in range(blocks))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        """(B, 3, side, side) -> patch features (B, V, width), and a function that returns (B, V)
-        float32: how much CLS attends to each patch in the last block, mean over heads."""
+        """Turn pixels (B, 3, side, side) into patch features (B, V, width).
+
+        Also returns a function -> (B, V) float32: how much CLS attends to each patch in the last
+        block, mean over heads.
+        """
         x = self.pre_layrnorm(self.embeddings(pixels))                          # (B, 1+V, width)
         for block in self.encoder.layers:
             x, q, k = block(x)
@@ -276,7 +283,7 @@ class VisionBlock(nn.Module):
         self.mlp = VisionMLP(c)
 
     def forward(self, x: Tensor):
-        """-> x, and queries and keys (B, H, 1+V, D)."""
+        """Return x, and queries and keys (B, H, 1+V, D)."""
         y, q, k = self.self_attn(self.layer_norm1(x))
         y = x + y
         return y + self.mlp(self.layer_norm2(y)), q, k
@@ -323,42 +330,14 @@ class Projector(nn.Module):
 # ---- image ---------------------------------------------------------------------------------------
 
 def pad_to_square(image: Image.Image) -> Image.Image:
-    """The image in the middle of a square of CLIP's mean colour, alpha dropped (LLaVA's
+    """Return the image in the middle of a square of CLIP's mean color, alpha dropped (LLaVA's
     mm_utils.expand2square)."""
     image = image.convert("RGB")
     side = max(image.size)
-    colour = tuple(int(m * 255) for m in CLIP_MEAN)
-    square = Image.new("RGB", (side, side), colour)
+    color = tuple(int(m * 255) for m in CLIP_MEAN)
+    square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white, as in transformers 5 (transformers 4 drops alpha)."""
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")
-
-
-def resize_shortest_edge(image: Image.Image, size: int) -> Image.Image:
-    long = int(size * max(image.size) / min(image.size))
-    shape = (size, long) if image.width <= image.height else (long, size)
-    return image.resize(shape, Image.BICUBIC)
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    left = (image.width - size) // 2
-    top = (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def normalize(image: Image.Image) -> Tensor:
-    """RGB -> (3, H, W) float32, rounded step by step as the PIL processors of transformers do."""
-    x = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
-    x = (x - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
-    return torch.from_numpy(x.transpose(2, 0, 1).copy())
 
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -376,8 +355,6 @@ class TextConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e4
     hidden_act: str = "silu"
-    attention_bias: bool = False
-    mlp_bias: bool = False
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -406,56 +383,35 @@ class Config:
 
     @property
     def vision_blocks(self) -> int:
-        """How many CLIP blocks run: hidden state 0 lies before the first, so -2 of 24 is 23."""
+        """Return how many CLIP blocks run: hidden state 0 lies before the first, so -2 of 24 is 23.
+        """
         layer = self.vision_feature_layer
         return layer if layer >= 0 else self.vision.num_hidden_layers + 1 + layer
 
 
 def read_config(path: Path) -> Config:
-    """config.json of a LLaVA-1.5 folder, in any form transformers has written it. Raises
+    """Read config.json of a LLaVA-1.5 folder, in any form transformers has written it. Raises
     InputError."""
+    raw = checkpoint.read_entries(path, "llava")
     file = path / "config.json"
-    raw = read_json(file)
-    if "mm_vision_tower" in raw:
-        raise InputError(f"{path}: original LLaVA layout (its own key names, no vision tower "
-                         "inside); want the converted folder, e.g. llava-hf/llava-1.5-7b-hf")
-    if raw.get("model_type") != "llava":
-        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, want 'llava'")
-    raw = {key: value for key, value in raw.items() if value is not None}       # null is left out
-    text = checkpoint.section(raw, "text_config", file)
+    text = checkpoint.with_rope(checkpoint.section(raw, "text_config", file), path)
     vision = checkpoint.section(raw, "vision_config", file)
-    old_rope = checkpoint.section(text, "rope_scaling", file)                   # transformers 4
-    new_rope = checkpoint.section(text, "rope_parameters", file)                # transformers 5
-    if new_rope.get("rope_theta") is not None:
-        text = text | {"rope_theta": new_rope["rope_theta"]}
     config = Config(text=checkpoint.fill(TextConfig, text, path),
                     vision=checkpoint.fill(VisionConfig, vision, path),
                     image_token=raw.get("image_token_index", raw.get("image_token_id", 32000)),
                     tie_word_embeddings=checkpoint.is_tied(raw, text),
                     vision_feature_layer=raw.get("vision_feature_layer", -2))
-    check_config(path, config, raw, [old_rope, new_rope])
-    return config
-
-
-def check_config(path: Path, config: Config, raw: dict, ropes: list[dict]):
-    text = config.text
-    vision = config.vision
-    rules = [("rope type", rope.get("rope_type", rope.get("type", "default")), "default")
-             for rope in ropes]
     strategy = raw.get("vision_feature_select_strategy", "default")
-    checkpoint.check_values(path, rules + [
-        ("text hidden_act", text.hidden_act, "silu"),
-        ("attention_bias", text.attention_bias, False),
-        ("mlp_bias", text.mlp_bias, False),
-        ("heads % key/value heads", text.num_attention_heads % text.num_key_value_heads, 0),
-        ("vision hidden_act", vision.hidden_act, "quick_gelu"),
-        ("vision hidden_size % heads", vision.hidden_size % vision.num_attention_heads, 0),
-        ("projector_hidden_act", raw.get("projector_hidden_act", "gelu"), "gelu"),
+    checkpoint.check_values(path, [
+        ("text hidden_act", config.text.hidden_act, "silu"),
+        ("vision hidden_act", config.vision.hidden_act, "quick_gelu"),
         ("vision_feature_select_strategy", strategy, "default")])
     layer = config.vision_feature_layer
-    if type(layer) is not int or not 1 <= config.vision_blocks <= vision.num_hidden_layers:
-        raise InputError(f"{path}/config.json: vision_feature_layer is {layer!r}, of "
-                         f"{vision.num_hidden_layers} layers; want one after the first block")
+    blocks = config.vision.num_hidden_layers
+    if type(layer) is not int or not 1 <= config.vision_blocks <= blocks:
+        raise InputError(f"{file}: vision_feature_layer is {layer!r}, of {blocks} layers; want one "
+                         "after the first block")
+    return config
 
 
 # ---- loading -------------------------------------------------------------------------------------
@@ -470,23 +426,14 @@ EOS = [2]                                               # LLaMA's </s>
 
 
 def load(path, device=None, dtype=None) -> Llava:
-    """LLaVA-1.5, 7B or 13B, from a folder as published: config.json, tokenizer.json, safetensors.
+    """Load LLaVA-1.5, 7B or 13B, from a folder as published: config.json, tokenizer.json,
+    safetensors.
 
     device: CUDA if there is one, else the CPU. dtype: bfloat16 on CUDA, float32 on the CPU. The
     model has to fit one device: 7B takes 14 GB in bfloat16, 13B 27 GB. Raises InputError.
     """
-    path = Path(path)
-    checkpoint.check_folder(path)
-    device, dtype = checkpoint.device_and_dtype(device, dtype)
-    config = read_config(path)
-    tokenizer = checkpoint.read_tokenizer(path)
-    model = checkpoint.empty(Llava, config, tokenizer, checkpoint.read_eos(path, EOS))
-    unused = range(config.vision_blocks, config.vision.num_hidden_layers)
+    config = read_config(Path(path))
     ignored = IGNORED
-    for block in unused:                                # after the feature layer, never built
+    for block in range(config.vision_blocks, config.vision.num_hidden_layers):  # never built
         ignored += rf"|vision_tower\.encoder\.layers\.{block}\."
-    tied = None
-    if config.tie_word_embeddings:
-        tied = ("language_model.embed_tokens.weight", "lm_head.weight")
-    checkpoint.load_weights(model, path, device, dtype, RENAMES, ignored, tied)
-    return model.eval().requires_grad_(False)
+    return checkpoint.load(Llava, config, path, device, dtype, RENAMES, ignored, EOS)

@@ -1,5 +1,5 @@
 """Qwen2.5-VL in one file: prompt, the model and its layer loop, Qwen2 decoder, window-attention
-tower and merger, image; then configuration and loading.
+tower and merger; then configuration and loading.
 
 `Qwen.run` moves a Stream forward by layers and stops wherever it is asked to, so that tokprune can
 take visual rows out of it. Everything here is the published model; pruning is not its business.
@@ -7,12 +7,11 @@ take visual rows out of it. Everything here is the published model; pruning is n
     B variants of one prompt   T rows   S rows with those in the cache   V visual tokens   P patches
     C width   H heads   G key/value heads   D head width
 """
-import math
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -20,15 +19,15 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from support import checkpoint
-from support.files import read_json
+from support.image import (CLIP_MEAN, CLIP_STD, by_token, normalize, on_white, patchify,
+                           smart_resize)
 from tokprune import KV, InputError, Stream, decode
 
-# the chat template of the checkpoint for one user turn: image first, no BOS, ends with a newline
+# the chat template of the checkpoint for one user turn: image first, no BOS, ends with a newline;
+# the published generation_config.json has a repetition penalty of 1.05
 PROMPT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
           "<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n"
           "<|im_start|>assistant\n")
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -51,14 +50,15 @@ class Qwen(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)    # float32 in every dtype
 
     def preprocess(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
-        """Patches (P, 3 * 2 * 14 * 14) float32, and the grid of visual tokens (rows, columns)."""
+        """Return patches (P, 3 * 2 * 14 * 14) float32, and the grid of visual tokens (rows,
+        columns)."""
         c = self.config.vision
-        pixels = normalize(self.canvas(image))
+        pixels = normalize(self.canvas(image), CLIP_MEAN, CLIP_STD)
         return patchify(pixels, c.patch_size, c.spatial_merge_size, c.temporal_patch_size)
 
     def canvas(self, image: Image.Image) -> Image.Image:
-        """The resized image that the visual tokens tile: of its own shape, in multiples of a token.
-        """
+        """Return the resized image that the visual tokens tile: of its own shape, in multiples of a
+        token."""
         c = self.config
         height, width = smart_resize(image.height, image.width, c.factor, c.min_pixels,
                                      c.max_pixels)
@@ -66,8 +66,8 @@ class Qwen(nn.Module):
 
     @torch.inference_mode()
     def begin(self, image: Image.Image | tuple, question: str) -> Stream:
-        """A prompt about one image, or what `preprocess` makes of it -> Stream at layer 0, B = 1.
-        """
+        """Begin a prompt about one image, or what `preprocess` makes of it -> Stream at layer 0,
+        B = 1."""
         pixels, grid = image if isinstance(image, tuple) else self.preprocess(image)
         embed = self.model.embed_tokens
         device = embed.weight.device
@@ -86,11 +86,11 @@ class Qwen(nn.Module):
         return Stream(layer=0, x=x[None], pos=pos[:, None].to(device), next_pos=next_pos,
                       visual=(start, V), origin=torch.arange(V, device=device)[None], N=V,
                       grid=grid, cache=[None] * self.num_layers, queries=None, ids=ids, embeds=x,
-                      saliency=lambda: saliency()[0])
+                      saliency=functools.cache(lambda: saliency()[0]))
 
     @torch.inference_mode()
     def run(self, stream: Stream, stop: int | None = None) -> Stream:
-        """Layers stream.layer .. stop-1 on every row -> Stream at layer `stop` (None: past the
+        """Run layers stream.layer .. stop-1 on every row -> Stream at layer `stop` (None: past the
         last).
 
         The one decoder loop: prefill, pruned prefill and decoding all pass here. Rows that a
@@ -110,10 +110,10 @@ class Qwen(nn.Module):
         return replace(stream, layer=stop, x=x, cache=cache, queries=queries)
 
     def cos_sin(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
-        """M-RoPE: positions (3, B, T) -> cos and sin (B, 1, T, D).
+        """Turn positions (3, B, T) into cos and sin (B, 1, T, D).
 
-        The first frequencies turn with t, the next with the row, the last with the column; a text
-        token has all three alike, which is the ordinary rotary embedding.
+        M-RoPE: the first frequencies turn with t, the next with the row, the last with the column.
+        A text token has all three alike, which is the ordinary rotary embedding.
         """
         angles = pos[..., None].float() * self.inv_freq                         # (3, B, T, D/2)
         parts = angles.split(list(self.config.text.mrope_section), -1)
@@ -125,7 +125,8 @@ class Qwen(nn.Module):
 
     @torch.inference_mode()
     def logits(self, stream: Stream, row: int = -1) -> Tensor:
-        """(B, vocab) float32, of the token after that row of a stream past the last layer."""
+        """Return (B, vocab) float32, of the token after that row of a stream past the last layer.
+        """
         assert stream.layer == self.num_layers, \
             f"stream is at layer {stream.layer}, want {self.num_layers}"
         return self.lm_head(self.final_norm(stream.x[:, row])).float()
@@ -133,20 +134,22 @@ class Qwen(nn.Module):
     decode = decode                     # tokprune's, the same for every model
 
     def append(self, stream: Stream, ids: Tensor) -> Stream:
-        """New tokens (B, n) alone -> Stream at layer 0; the rows before are in the cache."""
+        """Begin again with new tokens (B, n) only -> Stream at layer 0; the rows before are in the
+        cache."""
         x = self.model.embed_tokens(ids)                                        # (B, n, C)
         next_pos = stream.next_pos + ids.shape[1]
         pos = torch.arange(stream.next_pos, next_pos, device=x.device).expand(3, 1, -1)
         return replace(stream, layer=0, x=x, pos=pos, next_pos=next_pos, queries=None)
 
     def answer_ids(self, answer: str) -> list[int]:
-        """The tokens the model would emit for that answer, which begins a line: no blank before it.
-        """
+        """Return the tokens the model would emit for that answer, which begins a line: no space
+        before it."""
         return self.tokenizer.encode(answer).ids
 
 
 def positions(start: int, grid: tuple[int, int], T: int) -> tuple[Tensor, int]:
-    """M-RoPE positions (3, T) as t, row, column, and the next one (transformers: get_rope_index).
+    """Return M-RoPE positions (3, T) as t, row, column, and the next one (transformers:
+    get_rope_index).
 
     Text counts on, alike in all three. A visual token (y, x) stands at (start, start + y,
     start + x); text goes on after the image's largest position, so that an image of 10 x 10 tokens
@@ -182,7 +185,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(c.hidden_size, c.intermediate_size, bias=False)
 
     def forward(self, x: Tensor, rope, past: KV | None = None):
-        """-> x, this layer's queries (B, H, T, D), and the cache of all rows so far."""
+        """Return x, this layer's queries (B, H, T, D), and the cache of all rows so far."""
         y, q, cache = self.self_attn(self.input_layernorm(x), rope, past)
         y = x + y                                       # the same name: frees attention's output
         return y + self.mlp(self.post_attention_layernorm(y)), q, cache
@@ -232,7 +235,7 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Normalises in float32 and rounds before it multiplies by the weight, as the original does."""
+    """Normalizes in float32 and rounds before it multiplies by the weight, as the original does."""
 
     def __init__(self, C: int, eps: float):
         super().__init__()
@@ -240,18 +243,21 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        # narrower ones the kernel widens by itself, which saves two launches
+        wide = x.float() if x.dtype == torch.float64 else x
+        return self.weight * F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def signed_cos_sin(angles: Tensor, dtype) -> tuple[Tensor, Tensor]:
-    """(..., D/2) -> cos and sin (..., D) for `rotate`; the first half of sin is negated."""
+    """Return cos and sin (..., D) of angles (..., D/2) for `rotate`; the first half of sin is
+    negated."""
     cos = angles.cos()
     sin = angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x: Tensor, rope) -> Tensor:
-    """Rotary embedding in LLaMA's half-split form: dimension i turns with i + D/2."""
+    """Apply the rotary embedding in LLaMA's half-split form: dimension i turns with i + D/2."""
     cos, sin = rope
     return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
 
@@ -278,9 +284,11 @@ class VisionTower(nn.Module):
         self.merger = Merger(c)
 
     def forward(self, pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Callable]:
-        """(B, P, 3 * 2 * 14 * 14) -> token features (B, V, C), and a function that returns (B, V)
-        float32: how much the whole image attends to each token in the last block of full attention.
-        The function is costly, and few methods call it."""
+        """Turn patches (B, P, 3 * 2 * 14 * 14) into token features (B, V, C).
+
+        Also returns a function -> (B, V) float32: how much the whole image attends to each token in
+        the last block of full attention. It is costly, and few methods call it.
+        """
         m = self.c.spatial_merge_size
         side = self.c.window_size // self.c.patch_size // m             # of a window, in tokens
         window = windows(grid, side, m * m, pixels.device)
@@ -297,8 +305,8 @@ class VisionTower(nn.Module):
         return self.merger(x), saliency
 
     def cos_sin(self, grid: tuple[int, int], device) -> tuple[Tensor, Tensor]:
-        """cos and sin (P, D) float32: half of the frequencies turn with a patch's row, half with
-        its column."""
+        """Return cos and sin (P, D) float32: half of the frequencies turn with a patch's row, half
+        with its column."""
         D = self.c.hidden_size // self.c.num_heads
         m = self.c.spatial_merge_size
         rows = torch.arange(grid[0] * m, device=device)
@@ -309,18 +317,12 @@ class VisionTower(nn.Module):
         return signed_cos_sin(angles, torch.float32)                    # (P, D)
 
 
-def by_token(x: Tensor, m: int) -> Tensor:
-    """(rows * m, columns * m, ...) in raster order -> (P, ...), the m x m patches of each token
-    together."""
-    return x.unflatten(1, (-1, m)).unflatten(0, (-1, m)).transpose(1, 2).flatten(0, 3)
-
-
 def windows(grid: tuple[int, int], side: int, patches: int, device) -> tuple:
-    """Which of the P patches share a window of side x side tokens. patches: how many a token has.
+    """Tell which of the P patches share a window of side x side tokens.
 
-    W windows of K patches -> index (W, K) of the patches in each window; place (P,) of each patch
-    among these W * K; mask (W, 1, K), False where a window at the right or bottom edge has no
-    patch, None if all are whole.
+    patches: how many a token has. W windows of K patches -> index (W, K) of the patches in each
+    window; place (P,) of each patch among these W * K; mask (W, 1, K), False where a window at the
+    right or bottom edge has no patch, None if all are whole.
     """
     rows, cols = grid
     y = torch.arange(-(-rows // side) * side, device=device)[:, None]
@@ -337,8 +339,8 @@ def windows(grid: tuple[int, int], side: int, patches: int, device) -> tuple:
 
 
 def column_mean(q: Tensor, k: Tensor) -> Tensor:
-    """Mean attention that each patch receives, over heads and rows: (B, P) float32. The matrix is
-    never held as a whole."""
+    """Return the mean attention that each patch receives, over heads and rows: (B, P) float32. The
+    matrix is never held as a whole."""
     keys = k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
     total = 0
     for part in q.split(64, 2):                                         # (B, H, 64, D)
@@ -368,7 +370,7 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(c.hidden_size, c.hidden_size)
 
     def forward(self, x: Tensor, rope, window=None):
-        """Attention over all patches or, given windows, within each. -> y, and queries and keys
+        """Attend to all patches or, given windows, within each. -> y, and queries and keys
         (B, H, P, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.H, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, H, P, D) each
@@ -399,57 +401,6 @@ class Merger(nn.Module):
         return self.mlp(x)
 
 
-# ---- image ---------------------------------------------------------------------------------------
-
-def smart_resize(height: int, width: int, factor: int, min_pixels: int,
-                 max_pixels: int) -> tuple[int, int]:
-    """The height and width nearest the image's own that are multiples of factor, their product
-    within the bounds (transformers: image_processing_qwen2_vl).
-
-    Python's round: halves go to the even multiple, as in the original. Raises InputError.
-    """
-    if max(height, width) > 200 * min(height, width):
-        raise InputError(f"image is {width}x{height}: one side is more than 200 times the other, "
-                         "want less")
-    h = round(height / factor) * factor
-    w = round(width / factor) * factor
-    if h * w > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        h = max(factor, math.floor(height / shrink / factor) * factor)
-        w = max(factor, math.floor(width / shrink / factor) * factor)
-    elif h * w < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        h = math.ceil(height * grow / factor) * factor
-        w = math.ceil(width * grow / factor) * factor
-    return h, w
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white, as in transformers 5 (transformers 4 drops alpha)."""
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")
-
-
-def normalize(image: Image.Image) -> Tensor:
-    """RGB -> (3, H, W) float32, rounded step by step as the PIL processors of transformers do."""
-    x = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
-    x = (x - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
-    return torch.from_numpy(x.transpose(2, 0, 1).copy())
-
-
-def patchify(x: Tensor, patch: int, m: int, frames: int) -> tuple[Tensor, tuple[int, int]]:
-    """(3, height, width) -> patches (P, 3 * frames * patch * patch) token by token, and the grid of
-    tokens. A still image is a film of `frames` equal frames."""
-    x = x.unflatten(2, (-1, patch)).unflatten(1, (-1, patch))
-    x = x.permute(1, 3, 0, 2, 4)                                        # (y, x, 3, patch, patch)
-    grid = x.shape[0] // m, x.shape[1] // m
-    x = by_token(x, m)                                                  # (P, 3, patch, patch)
-    return x[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1), grid
-
-
 # ---- configuration -------------------------------------------------------------------------------
 
 PIXEL_BOUNDS = (56 * 56, 16384 * 28 * 28)       # of a resized image where the checkpoint has none
@@ -457,8 +408,7 @@ PIXEL_BOUNDS = (56 * 56, 16384 * 28 * 28)       # of a resized image where the c
 
 @dataclass
 class TextConfig:
-    """What differs within the family has no default, or one that is refused: transformers' defaults
-    are those of the 72B."""
+    """No defaults for what differs between sizes: transformers' defaults are the 72B's."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -466,7 +416,6 @@ class TextConfig:
     num_attention_heads: int
     num_key_value_heads: int
     rms_norm_eps: float
-    hidden_act: str = "silu"
     use_sliding_window: bool = False
     rope_theta: float = 1e6
     mrope_section: tuple = ()           # how many of the D/2 frequencies turn with t, row, column
@@ -488,7 +437,6 @@ class VisionConfig:
     fullatt_block_indexes: list         # every other block attends within windows
     spatial_merge_size: int = 2
     temporal_patch_size: int = 2
-    hidden_act: str = "silu"
 
 
 @dataclass
@@ -502,58 +450,30 @@ class Config:
 
     @property
     def factor(self) -> int:
-        """The side of a visual token in pixels: resized images are multiples of it."""
+        """Return the side of a visual token in pixels: resized images are multiples of it."""
         return self.vision.patch_size * self.vision.spatial_merge_size
 
 
-def read_config(path: Path) -> Config:
-    """config.json of a Qwen2.5-VL folder, in any form that transformers 4 and 5 have written it.
-    Raises InputError."""
+def read_config(path: Path, min_pixels: int | None = None,
+                max_pixels: int | None = None) -> Config:
+    """Read config.json of a Qwen2.5-VL folder, in any form transformers has written it.
+
+    min_pixels, max_pixels: instead of the folder's. Raises InputError.
+    """
+    raw = checkpoint.read_entries(path, "qwen2_5_vl")
     file = path / "config.json"
-    raw = read_json(file)
-    if raw.get("model_type") != "qwen2_5_vl":
-        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, want 'qwen2_5_vl'")
     text = checkpoint.section(raw, "text_config", file) or raw      # published: at the root
-    old_rope = checkpoint.section(text, "rope_scaling", file)       # transformers 4
-    new_rope = checkpoint.section(text, "rope_parameters", file)    # transformers 5
-    for rope in (old_rope, new_rope):
-        for name in ("rope_theta", "mrope_section"):
-            if name in rope:
-                text = text | {name: rope[name]}
+    text = checkpoint.with_rope(text, path)
     vision = checkpoint.section(raw, "vision_config", file)
-    min_pixels, max_pixels = checkpoint.read_bounds(path, PIXEL_BOUNDS)
+    low, high = checkpoint.read_bounds(path, PIXEL_BOUNDS, (min_pixels, max_pixels))
     config = Config(text=checkpoint.fill(TextConfig, text, path),
                     vision=checkpoint.fill(VisionConfig, vision, path),
-                    image_token=raw.get("image_token_id") or 151655,
+                    image_token=raw.get("image_token_id", 151655),
                     tie_word_embeddings=checkpoint.is_tied(raw, text),
-                    min_pixels=min_pixels, max_pixels=max_pixels)
-    check_config(path, config, [old_rope, new_rope])
+                    min_pixels=low, max_pixels=high)
+    sliding = config.text.use_sliding_window
+    checkpoint.check_values(path, [("use_sliding_window", sliding, False)])
     return config
-
-
-def check_config(path: Path, config: Config, ropes: list[dict]):
-    for rope in ropes:
-        for name in ("rope_type", "type"):
-            if rope.get(name, "default") not in ("default", "mrope"):
-                raise InputError(f"{path}/config.json: {name} of the rotary embedding is "
-                                 f"{rope[name]!r}; want 'mrope' or 'default'")
-    text = config.text
-    vision = config.vision
-    checkpoint.check_values(path, [
-        ("hidden_act", text.hidden_act, "silu"),
-        ("use_sliding_window", text.use_sliding_window, False),
-        ("hidden_size % heads", text.hidden_size % text.num_attention_heads, 0),
-        ("heads % key/value heads", text.num_attention_heads % text.num_key_value_heads, 0),
-        ("length of mrope_section", len(text.mrope_section), 3),
-        ("sum of mrope_section", sum(text.mrope_section), text.head_dim // 2),
-        ("vision hidden_act", vision.hidden_act, "silu"),
-        ("vision hidden_size % (4 * heads)", vision.hidden_size % (4 * vision.num_heads), 0),
-        ("out_hidden_size", vision.out_hidden_size, text.hidden_size),
-        ("window_size % visual token", vision.window_size % config.factor, 0)])
-    full_blocks = vision.fullatt_block_indexes
-    if not full_blocks or not all(block in range(vision.depth) for block in full_blocks):
-        raise InputError(f"{path}/config.json: fullatt_block_indexes is {full_blocks}, want blocks "
-                         f"of 0..{vision.depth - 1}")
 
 
 # ---- loading -------------------------------------------------------------------------------------
@@ -566,28 +486,12 @@ EOS = [151645, 151643]                  # <|im_end|> and <|endoftext|>
 
 def load(path, device=None, dtype=None, min_pixels: int | None = None,
          max_pixels: int | None = None) -> Qwen:
-    """Qwen2.5-VL from a folder as published: config.json, tokenizer.json, safetensors.
+    """Load Qwen2.5-VL from a folder as published: config.json, tokenizer.json, safetensors.
 
     device: CUDA if there is one, else the CPU. dtype: bfloat16 on CUDA, float32 on the CPU.
     min_pixels, max_pixels: bounds of the resized image, instead of the checkpoint's. The model has
     to fit one device: in bfloat16 3B takes 8 GB, 7B 17 GB, 32B 67 GB; 72B does not fit 80 GB.
     Raises InputError.
     """
-    path = Path(path)
-    checkpoint.check_folder(path)
-    device, dtype = checkpoint.device_and_dtype(device, dtype)
-    config = read_config(path)
-    if min_pixels is not None:
-        config.min_pixels = min_pixels
-    if max_pixels is not None:
-        config.max_pixels = max_pixels
-    if config.min_pixels > config.max_pixels:
-        raise InputError(f"min_pixels is {config.min_pixels}, max_pixels {config.max_pixels}; want "
-                         "min_pixels <= max_pixels")
-    tokenizer = checkpoint.read_tokenizer(path)
-    model = checkpoint.empty(Qwen, config, tokenizer, checkpoint.read_eos(path, EOS))
-    tied = None
-    if config.tie_word_embeddings:                      # 3B stores one matrix for both
-        tied = ("model.embed_tokens.weight", "lm_head.weight")
-    checkpoint.load_weights(model, path, device, dtype, RENAMES, IGNORED, tied)
-    return model.eval().requires_grad_(False)
+    config = read_config(Path(path), min_pixels, max_pixels)
+    return checkpoint.load(Qwen, config, path, device, dtype, RENAMES, IGNORED, EOS)

@@ -1,5 +1,5 @@
 """Qwen3-VL in one file: prompt, the model and its layer loop, Qwen3 decoder, vision tower with
-mergers, image; then configuration and loading.
+mergers; then configuration and loading.
 
 `Qwen3.run` moves a Stream forward by layers and stops wherever it is asked to, so that tokprune can
 take visual rows out of it. Everything here is the published model; pruning is not its business.
@@ -12,12 +12,12 @@ layer i + 1. A visual row that leaves before then takes its row of the plane wit
     B variants of one prompt   T rows   S rows with those in the cache   V visual tokens   P patches
     N visual tokens at first   C width   H heads   G key/value heads   D head width
 """
+import functools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -25,14 +25,15 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from support import checkpoint
-from support.files import read_json
+from support.image import by_token, normalize, on_white, patchify, smart_resize
 from tokprune import KV, InputError, Stream, decode
 
-# the chat template of the checkpoint for one user turn: no system turn, image first, no BOS
+# the chat template of the checkpoint for one user turn: no system turn, image first, no BOS; its
+# authors decode without a repetition penalty
 PROMPT = ("<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n"
           "<|im_start|>assistant\n")
-MEAN = 0.5                              # of every channel; not CLIP's
-STD = 0.5
+MEAN = (0.5, 0.5, 0.5)                  # not CLIP's
+STD = (0.5, 0.5, 0.5)
 
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -56,14 +57,15 @@ class Qwen3(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)    # float32 in every dtype
 
     def preprocess(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
-        """Patches (P, 3 * 2 * 16 * 16) float32, and the grid of visual tokens (rows, columns)."""
+        """Return patches (P, 3 * 2 * 16 * 16) float32, and the grid of visual tokens (rows,
+        columns)."""
         c = self.config.vision
-        pixels = normalize(self.canvas(image))
+        pixels = normalize(self.canvas(image), MEAN, STD)
         return patchify(pixels, c.patch_size, c.spatial_merge_size, c.temporal_patch_size)
 
     def canvas(self, image: Image.Image) -> Image.Image:
-        """The resized image that the visual tokens tile: of its own shape, in multiples of a token.
-        """
+        """Return the resized image that the visual tokens tile: of its own shape, in multiples of a
+        token."""
         c = self.config
         height, width = smart_resize(image.height, image.width, c.factor, c.min_pixels,
                                      c.max_pixels)
@@ -71,8 +73,8 @@ class Qwen3(nn.Module):
 
     @torch.inference_mode()
     def begin(self, image: Image.Image | tuple, question: str) -> Stream:
-        """A prompt about one image, or what `preprocess` makes of it -> Stream at layer 0, B = 1.
-        """
+        """Begin a prompt about one image, or what `preprocess` makes of it -> Stream at layer 0,
+        B = 1."""
         pixels, grid = image if isinstance(image, tuple) else self.preprocess(image)
         embed = self.model.embed_tokens
         device = embed.weight.device
@@ -92,12 +94,12 @@ class Qwen3(nn.Module):
         return Stream(layer=0, x=x[None], pos=pos[:, None].to(device), next_pos=next_pos,
                       visual=(start, V), origin=torch.arange(V, device=device)[None], N=V,
                       grid=grid, cache=[None] * self.num_layers, queries=None, ids=ids, embeds=x,
-                      saliency=lambda: saliency()[0],
+                      saliency=functools.cache(lambda: saliency()[0]),
                       planes=tuple(plane[0] for plane in planes))
 
     @torch.inference_mode()
     def run(self, stream: Stream, stop: int | None = None) -> Stream:
-        """Layers stream.layer .. stop-1 on every row -> Stream at layer `stop` (None: past the
+        """Run layers stream.layer .. stop-1 on every row -> Stream at layer `stop` (None: past the
         last), the planes of those layers added.
 
         The one decoder loop: prefill, pruned prefill and decoding all pass here. Rows that a
@@ -119,11 +121,11 @@ class Qwen3(nn.Module):
         return replace(stream, layer=stop, x=x, cache=cache, queries=queries)
 
     def cos_sin(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
-        """Interleaved M-RoPE: positions (3, B, T) -> cos and sin (B, 1, T, D).
+        """Turn positions (3, B, T) into cos and sin (B, 1, T, D).
 
-        Frequencies 1, 4, 7, ... turn with the row and 2, 5, 8, ... with the column, as many as
-        mrope_section says. The others turn with t. A text token has all three alike, which is the
-        ordinary rotary embedding.
+        Interleaved M-RoPE: frequencies 1, 4, 7, ... turn with the row and 2, 5, 8, ... with the
+        column, as many as mrope_section says. The others turn with t. A text token has all three
+        alike, which is the ordinary rotary embedding.
         """
         _, rows, cols = self.config.text.mrope_section
         by_row = slice(1, 3 * rows, 3)
@@ -139,7 +141,8 @@ class Qwen3(nn.Module):
 
     @torch.inference_mode()
     def logits(self, stream: Stream, row: int = -1) -> Tensor:
-        """(B, vocab) float32, of the token after that row of a stream past the last layer."""
+        """Return (B, vocab) float32, of the token after that row of a stream past the last layer.
+        """
         assert stream.layer == self.num_layers, \
             f"stream is at layer {stream.layer}, want {self.num_layers}"
         return self.lm_head(self.final_norm(stream.x[:, row])).float()
@@ -147,21 +150,21 @@ class Qwen3(nn.Module):
     decode = decode                     # tokprune's, the same for every model
 
     def append(self, stream: Stream, ids: Tensor) -> Stream:
-        """New tokens (B, n) alone -> Stream at layer 0; the rows before are in the cache. None of
-        them is visual: no plane is added to them."""
+        """Begin again with new tokens (B, n) only -> Stream at layer 0; the rows before are in the
+        cache. None of them is visual: no plane is added to them."""
         x = self.model.embed_tokens(ids)                                        # (B, n, C)
         next_pos = stream.next_pos + ids.shape[1]
         pos = torch.arange(stream.next_pos, next_pos, device=x.device).expand(3, 1, -1)
         return replace(stream, layer=0, x=x, pos=pos, next_pos=next_pos, queries=None, planes=())
 
     def answer_ids(self, answer: str) -> list[int]:
-        """The tokens the model would emit for that answer, which begins a line: no blank before it.
-        """
+        """Return the tokens the model would emit for that answer, which begins a line: no space
+        before it."""
         return self.tokenizer.encode(answer).ids
 
 
 def add_to_visual(x: Tensor, plane: Tensor, visual: tuple[int, int], origin: Tensor) -> Tensor:
-    """x (B, T, C) with the plane (N, C) added to its visual rows. Visual row i is token
+    """Return x (B, T, C) with the plane (N, C) added to its visual rows. Visual row i is token
     origin[:, i] of the N, and gets that row of the plane."""
     start, V = visual
     x = x.clone()
@@ -170,7 +173,8 @@ def add_to_visual(x: Tensor, plane: Tensor, visual: tuple[int, int], origin: Ten
 
 
 def positions(start: int, grid: tuple[int, int], T: int) -> tuple[Tensor, int]:
-    """M-RoPE positions (3, T) as t, row, column, and the next one (transformers: get_rope_index).
+    """Return M-RoPE positions (3, T) as t, row, column, and the next one (transformers:
+    get_rope_index).
 
     Text counts on, alike in all three. A visual token (y, x) stands at (start, start + y,
     start + x); text goes on after the image's largest position, so that an image of 10 x 10 tokens
@@ -206,14 +210,14 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(c.hidden_size, c.intermediate_size)
 
     def forward(self, x: Tensor, rope, past: KV | None = None):
-        """-> x, this layer's queries (B, H, T, D), and the cache of all rows so far."""
+        """Return x, this layer's queries (B, H, T, D), and the cache of all rows so far."""
         y, q, cache = self.self_attn(self.input_layernorm(x), rope, past)
         y = x + y                                       # the same name: frees attention's output
         return y + self.mlp(self.post_attention_layernorm(y)), q, cache
 
 
 class Attention(nn.Module):
-    """H * D need not equal C. Queries and keys are normalised over D before they are rotated."""
+    """H * D need not equal C. Queries and keys are normalized over D before they are rotated."""
 
     def __init__(self, c: "TextConfig"):
         super().__init__()
@@ -260,7 +264,7 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Normalises in float32 and rounds before it multiplies by the weight, as the original does."""
+    """Normalizes in float32 and rounds before it multiplies by the weight, as the original does."""
 
     def __init__(self, C: int, eps: float):
         super().__init__()
@@ -268,18 +272,21 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        # narrower ones the kernel widens by itself, which saves two launches
+        wide = x.float() if x.dtype == torch.float64 else x
+        return self.weight * F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def signed_cos_sin(angles: Tensor, dtype) -> tuple[Tensor, Tensor]:
-    """(..., D/2) -> cos and sin (..., D) for `rotate`; the first half of sin is negated."""
+    """Return cos and sin (..., D) of angles (..., D/2) for `rotate`; the first half of sin is
+    negated."""
     cos = angles.cos()
     sin = angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x: Tensor, rope) -> Tensor:
-    """Rotary embedding in LLaMA's half-split form: dimension i turns with i + D/2."""
+    """Apply the rotary embedding in LLaMA's half-split form: dimension i turns with i + D/2."""
     cos, sin = rope
     return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
 
@@ -306,9 +313,12 @@ class VisionTower(nn.Module):
             Merger(c, norm_merged=True) for _ in c.deepstack_visual_indexes)
 
     def forward(self, pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, list, Callable]:
-        """(B, P, 3 * 2 * 16 * 16) -> token features (B, V, C); the planes, (B, V, C) each; and a
-        function that returns (B, V) float32: how much the whole image attends to each token in the
-        last block. The function is costly, and few methods call it."""
+        """Turn patches (B, P, 3 * 2 * 16 * 16) into token features (B, V, C), and planes, (B, V, C)
+        each.
+
+        Also returns a function -> (B, V) float32: how much the whole image attends to each token in
+        the last block. It is costly, and few methods call it.
+        """
         proj = self.patch_embed.proj
         rope = self.cos_sin(grid, pixels.device)
         x = F.linear(pixels, proj.weight.flatten(1), proj.bias)         # (B, P, width)
@@ -326,8 +336,8 @@ class VisionTower(nn.Module):
         return self.merger(x), planes, saliency
 
     def learned_positions(self, grid: tuple[int, int]) -> Tensor:
-        """(P, width) in float32 or wider: the learned square grid, stretched over the patches of
-        the image, corners on corners."""
+        """Return (P, width) in float32 or wider: the learned square grid, stretched over the
+        patches of the image, corners on corners."""
         m = self.c.spatial_merge_size
         side = math.isqrt(self.c.num_position_embeddings)
         table = self.pos_embed.weight
@@ -338,8 +348,8 @@ class VisionTower(nn.Module):
         return by_token(table[0].permute(1, 2, 0), m)
 
     def cos_sin(self, grid: tuple[int, int], device) -> tuple[Tensor, Tensor]:
-        """cos and sin (P, D) float32: half of the frequencies turn with a patch's row, half with
-        its column."""
+        """Return cos and sin (P, D) float32: half of the frequencies turn with a patch's row, half
+        with its column."""
         D = self.c.hidden_size // self.c.num_heads
         m = self.c.spatial_merge_size
         rows = torch.arange(grid[0] * m, device=device)
@@ -350,15 +360,9 @@ class VisionTower(nn.Module):
         return signed_cos_sin(angles, torch.float32)                    # (P, D)
 
 
-def by_token(x: Tensor, m: int) -> Tensor:
-    """(rows * m, columns * m, ...) in raster order -> (P, ...), the m x m patches of each token
-    together."""
-    return x.unflatten(1, (-1, m)).unflatten(0, (-1, m)).transpose(1, 2).flatten(0, 3)
-
-
 def column_mean(q: Tensor, k: Tensor) -> Tensor:
-    """Mean attention that each patch receives, over heads and rows: (B, P) float32. The matrix is
-    never held as a whole."""
+    """Return the mean attention that each patch receives, over heads and rows: (B, P) float32. The
+    matrix is never held as a whole."""
     keys = k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
     total = 0
     for part in q.split(64, 2):                                         # (B, H, 64, D)
@@ -388,7 +392,7 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(c.hidden_size, c.hidden_size)
 
     def forward(self, x: Tensor, rope):
-        """-> y, and queries and keys (B, H, P, D)."""
+        """Return y, and queries and keys (B, H, P, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.H, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, H, P, D) each
         q = rotate(q.float(), rope).to(v.dtype)
@@ -408,8 +412,8 @@ class VisionMLP(nn.Module):
 
 
 class Merger(nn.Module):
-    """The 2x2 patches of a token -> a row of the decoder's width. The final merger normalises each
-    patch; those of the planes (norm_merged) normalise the four patches as one row."""
+    """The 2x2 patches of a token -> a row of the decoder's width. The final merger normalizes each
+    patch; those of the planes (norm_merged) normalize the four patches as one row."""
 
     def __init__(self, c: "VisionConfig", norm_merged: bool = False):
         super().__init__()
@@ -427,72 +431,14 @@ class Merger(nn.Module):
         return self.linear_fc2(F.gelu(self.linear_fc1(x)))
 
 
-# ---- image ---------------------------------------------------------------------------------------
-
-def smart_resize(height: int, width: int, factor: int, min_pixels: int,
-                 max_pixels: int) -> tuple[int, int]:
-    """The height and width nearest the image's own that are multiples of factor, their product
-    within the bounds (transformers: image_processing_qwen2_vl).
-
-    Python's round: halves go to the even multiple, as in the original. Raises InputError.
-    """
-    if max(height, width) > 200 * min(height, width):
-        raise InputError(f"image is {width}x{height}: one side is more than 200 times the other, "
-                         "want less")
-    h = round(height / factor) * factor
-    w = round(width / factor) * factor
-    if h * w > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        h = max(factor, math.floor(height / shrink / factor) * factor)
-        w = max(factor, math.floor(width / shrink / factor) * factor)
-    elif h * w < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        h = math.ceil(height * grow / factor) * factor
-        w = math.ceil(width * grow / factor) * factor
-    return h, w
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white, as in transformers 5 (transformers 4 drops alpha)."""
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")
-
-
-def normalize(image: Image.Image) -> Tensor:
-    """RGB -> (3, H, W) float32, rounded step by step as the PIL processors of transformers do."""
-    x = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
-    x = (x - np.float32(MEAN)) / np.float32(STD)
-    return torch.from_numpy(x.transpose(2, 0, 1).copy())
-
-
-def patchify(x: Tensor, patch: int, m: int, frames: int) -> tuple[Tensor, tuple[int, int]]:
-    """(3, height, width) -> patches (P, 3 * frames * patch * patch) token by token, and the grid of
-    tokens. A still image is a film of `frames` equal frames."""
-    x = x.unflatten(2, (-1, patch)).unflatten(1, (-1, patch))
-    x = x.permute(1, 3, 0, 2, 4)                                        # (y, x, 3, patch, patch)
-    grid = x.shape[0] // m, x.shape[1] // m
-    x = by_token(x, m)                                                  # (P, 3, patch, patch)
-    return x[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1), grid
-
-
 # ---- configuration -------------------------------------------------------------------------------
 
 PIXEL_BOUNDS = (256 * 256, 4096 * 4096)         # of a resized image where the checkpoint has none
 
-# what reads like Qwen3-VL and is another model -> why it is not here
-REFUSED = {
-    "qwen3_vl_moe": "a mixture of experts: its MLPs are not implemented",
-    "qwen3_5": "three of four of its layers are linear attention: dropping rows would change the "
-               "state of every later row, and most layers have no attention to score tokens by",
-    "qwen3_5_moe": "a mixture of experts, and mostly linear attention"}
-
 
 @dataclass
 class TextConfig:
-    """What differs within the family has no default."""
+    """No defaults for what differs between sizes."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -503,9 +449,6 @@ class TextConfig:
     rms_norm_eps: float
     rope_theta: float
     mrope_section: tuple                # how many of the D/2 frequencies turn with t, row, column
-    mrope_interleaved: bool = True
-    hidden_act: str = "silu"
-    attention_bias: bool = False
 
 
 @dataclass
@@ -520,8 +463,6 @@ class VisionConfig:
     patch_size: int = 16
     spatial_merge_size: int = 2
     temporal_patch_size: int = 2
-    in_channels: int = 3
-    hidden_act: str = "gelu_pytorch_tanh"
 
 
 @dataclass
@@ -535,66 +476,27 @@ class Config:
 
     @property
     def factor(self) -> int:
-        """The side of a visual token in pixels: resized images are multiples of it."""
+        """Return the side of a visual token in pixels: resized images are multiples of it."""
         return self.vision.patch_size * self.vision.spatial_merge_size
 
 
-def read_config(path: Path) -> Config:
-    """config.json of a Qwen3-VL folder, as published and as transformers 4 and 5 save it. Raises
-    InputError."""
+def read_config(path: Path, min_pixels: int | None = None,
+                max_pixels: int | None = None) -> Config:
+    """Read config.json of a Qwen3-VL folder, as published and as transformers 4 and 5 save it.
+
+    min_pixels, max_pixels: instead of the folder's. Raises InputError.
+    """
+    raw = checkpoint.read_entries(path, "qwen3_vl")
     file = path / "config.json"
-    raw = read_json(file)
-    kind = raw.get("model_type")
-    if kind in REFUSED:
-        raise InputError(f"{file}: model_type is {kind!r}, {REFUSED[kind]}; want a dense Qwen3-VL: "
-                         "2B, 4B, 8B or 32B")
-    if kind != "qwen3_vl":
-        raise InputError(f"{file}: model_type is {kind!r}, want 'qwen3_vl'")
-    text = checkpoint.section(raw, "text_config", file)
-    old_rope = checkpoint.section(text, "rope_scaling", file)       # transformers 4, as published
-    new_rope = checkpoint.section(text, "rope_parameters", file)    # transformers 5
-    for rope in (old_rope, new_rope):
-        for name in ("rope_theta", "mrope_section", "mrope_interleaved"):
-            if name in rope:
-                text = text | {name: rope[name]}
+    text = checkpoint.with_rope(checkpoint.section(raw, "text_config", file), path)
     vision = checkpoint.section(raw, "vision_config", file)
-    min_pixels, max_pixels = checkpoint.read_bounds(path, PIXEL_BOUNDS)
+    low, high = checkpoint.read_bounds(path, PIXEL_BOUNDS, (min_pixels, max_pixels))
     config = Config(text=checkpoint.fill(TextConfig, text, path),
                     vision=checkpoint.fill(VisionConfig, vision, path),
-                    image_token=raw.get("image_token_id") or 151655,
+                    image_token=raw.get("image_token_id", 151655),
                     tie_word_embeddings=checkpoint.is_tied(raw, text),
-                    min_pixels=min_pixels, max_pixels=max_pixels)
-    check_config(path, config, [old_rope, new_rope])
+                    min_pixels=low, max_pixels=high)
     return config
-
-
-def check_config(path: Path, config: Config, ropes: list[dict]):
-    text = config.text
-    vision = config.vision
-    rules = [("rope_type", rope.get("rope_type", "default"), "default") for rope in ropes]
-    checkpoint.check_values(path, rules + [
-        ("hidden_act", text.hidden_act, "silu"),
-        ("attention_bias", text.attention_bias, False),
-        ("mrope_interleaved", text.mrope_interleaved, True),
-        ("length of mrope_section", len(text.mrope_section), 3),
-        ("sum of mrope_section", sum(text.mrope_section), text.head_dim // 2),
-        ("head_dim % 2", text.head_dim % 2, 0),
-        ("heads % key/value heads", text.num_attention_heads % text.num_key_value_heads, 0),
-        ("vision hidden_act", vision.hidden_act, "gelu_pytorch_tanh"),
-        ("vision hidden_size % (4 * heads)", vision.hidden_size % (4 * vision.num_heads), 0),
-        ("in_channels", vision.in_channels, 3),
-        ("out_hidden_size", vision.out_hidden_size, text.hidden_size)])
-    if math.isqrt(vision.num_position_embeddings) ** 2 != vision.num_position_embeddings:
-        raise InputError(f"{path}/config.json: num_position_embeddings is "
-                         f"{vision.num_position_embeddings}, want a square number")
-    blocks = vision.deepstack_visual_indexes
-    ascending = blocks == sorted(set(blocks))
-    if not ascending or not all(block in range(vision.depth) for block in blocks):
-        raise InputError(f"{path}/config.json: deepstack_visual_indexes is {blocks}, want "
-                         f"ascending blocks of 0..{vision.depth - 1}")
-    if len(blocks) > text.num_hidden_layers:
-        raise InputError(f"{path}/config.json: deepstack_visual_indexes is {blocks}, want at most "
-                         f"one for each of the {text.num_hidden_layers} layers")
 
 
 # ---- loading -------------------------------------------------------------------------------------
@@ -607,28 +509,12 @@ EOS = [151645, 151643]                  # <|im_end|> and <|endoftext|>
 
 def load(path, device=None, dtype=None, min_pixels: int | None = None,
          max_pixels: int | None = None) -> Qwen3:
-    """Qwen3-VL from a folder as published: config.json, tokenizer.json, safetensors.
+    """Load Qwen3-VL from a folder as published: config.json, tokenizer.json, safetensors.
 
     device: CUDA if there is one, else the CPU. dtype: bfloat16 on CUDA, float32 on the CPU.
     min_pixels, max_pixels: bounds of the resized image, instead of the checkpoint's. The model has
     to fit one device: in bfloat16 2B takes 4 GB, 4B 9 GB, 8B 18 GB, 32B 67 GB.
     Raises InputError.
     """
-    path = Path(path)
-    checkpoint.check_folder(path)
-    device, dtype = checkpoint.device_and_dtype(device, dtype)
-    config = read_config(path)
-    if min_pixels is not None:
-        config.min_pixels = min_pixels
-    if max_pixels is not None:
-        config.max_pixels = max_pixels
-    if config.min_pixels > config.max_pixels:
-        raise InputError(f"min_pixels is {config.min_pixels}, max_pixels {config.max_pixels}; want "
-                         "min_pixels <= max_pixels")
-    tokenizer = checkpoint.read_tokenizer(path)
-    model = checkpoint.empty(Qwen3, config, tokenizer, checkpoint.read_eos(path, EOS))
-    tied = None
-    if config.tie_word_embeddings:                      # 2B and 4B store one matrix for both
-        tied = ("model.embed_tokens.weight", "lm_head.weight")
-    checkpoint.load_weights(model, path, device, dtype, RENAMES, IGNORED, tied)
-    return model.eval().requires_grad_(False)
+    config = read_config(Path(path), min_pixels, max_pixels)
+    return checkpoint.load(Qwen3, config, path, device, dtype, RENAMES, IGNORED, EOS)

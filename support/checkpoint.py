@@ -1,5 +1,5 @@
 """A checkpoint folder as published: config.json, tokenizer.json, safetensors in one file or several
-shards. Read strictly, or refused in one line, for every model file.
+shards. It is read strictly, or refused in one line, for every model file.
 """
 import importlib
 import inspect
@@ -11,59 +11,68 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from support.files import read_json
 from tokprune import InputError
 
 # config.json's model_type -> the file that implements it; nothing else knows which models exist
 MODELS = {"llava": "model_llava", "qwen2_5_vl": "model_qwen", "qwen3_vl": "model_qwen3"}
-# not implemented -> the file that says why, and what to use instead
-RELATIVES = {"llava_llama": "model_llava", "qwen3_vl_moe": "model_qwen3",
-             "qwen3_5": "model_qwen3", "qwen3_5_moe": "model_qwen3"}
+# what reads like one of them and is another model -> why it is refused, and what to use instead
+REFUSED = {
+    "llava_llama": "the original layout, with its own names and no vision tower inside; want the "
+                   "converted folder, e.g. llava-hf/llava-1.5-7b-hf",
+    "qwen3_vl_moe": "a mixture of experts, whose MLPs are not implemented; want a dense Qwen3-VL: "
+                    "2B, 4B, 8B or 32B",
+    "qwen3_5": "three of four of its layers are linear attention: dropping rows would change the "
+               "state of every later row, and most layers have no attention to score tokens by; "
+               "want a dense Qwen3-VL",
+    "qwen3_5_moe": "a mixture of experts, and mostly linear attention; want a dense Qwen3-VL"}
 
 
 def load_model(path: Path, device=None, dtype=None, **bounds):
-    """The model of a folder, by the file that implements it. bounds: min_pixels and max_pixels, for
-    a model that has them. Raises InputError."""
+    """Return the model of a folder, by the file that implements it.
+
+    bounds: min_pixels and max_pixels, for a model that has them. Raises InputError.
+    """
     path = Path(path)
     module = module_of(path)
     for name in bounds:
         if name not in inspect.signature(module.load).parameters:
-            raise InputError(f"{name} is {bounds[name]}: model_type {model_type(path)!r} in {path} "
-                             "has no such bound, it sees every image at one size")
+            kind = read_entries(path)["model_type"]
+            raise InputError(f"{name} is {bounds[name]}: model_type {kind!r} in {path} has no such "
+                             "bound, it sees every image at one size")
     return module.load(path, device, dtype, **bounds)
 
 
 def read_config(path: Path):
-    """The model's configuration alone, without its weights. Raises InputError."""
+    """Return the model's configuration only, without its weights. Raises InputError."""
     path = Path(path)
     return module_of(path).read_config(path)
 
 
 def module_of(path: Path):
-    """The module that implements the model of a folder. Raises InputError."""
-    check_folder(path)
-    kind = model_type(path)
-    name = MODELS.get(kind) or RELATIVES.get(kind)
-    if name is None:
-        raise InputError(f"{path}/config.json: model_type is {kind!r}, want one of "
-                         f"{', '.join(MODELS)}")
-    return importlib.import_module(name)
+    """Return the module that implements the model of a folder. Raises InputError."""
+    return importlib.import_module(MODELS[read_entries(path)["model_type"]])
 
 
-def model_type(path: Path) -> str:
-    return str(read_json(path / "config.json").get("model_type"))
+def load(model_class, config, path, device, dtype, renames: list, ignored: str, eos: list[int]):
+    """Return the model of a folder, its weights on the device, ready to run.
 
-
-def check_folder(path: Path):
-    """Raises InputError."""
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder; want a checkpoint folder with config.json and "
-                         "*.safetensors")
+    device: CUDA if there is one, else the CPU. dtype: bfloat16 on CUDA, float32 on the CPU.
+    renames, ignored: see `load_weights`. eos: where the folder does not say what ends an answer.
+    Raises InputError.
+    """
+    path = Path(path)
+    device, dtype = device_and_dtype(device, dtype)
+    model = empty(model_class, config, read_tokenizer(path), read_eos(path, eos))
+    load_weights(model, path, device, dtype, renames, ignored, config.tie_word_embeddings)
+    return model.eval().requires_grad_(False)
 
 
 def device_and_dtype(device, dtype) -> tuple:
-    """Defaults: CUDA if there is a device, else the CPU; bfloat16 on CUDA, float32 on the CPU.
+    """Return both, or their defaults: CUDA if there is a device, else the CPU; bfloat16 on CUDA,
+    float32 on the CPU.
 
     On CUDA it also switches off two of cuDNN's ways, for the whole process.
     """
@@ -81,17 +90,54 @@ def device_and_dtype(device, dtype) -> tuple:
 
 # ---- config.json ---------------------------------------------------------------------------------
 
+def read_entries(path: Path, want: str | None = None) -> dict:
+    """Return what config.json of a folder holds, without the entries that are null.
+
+    want: the model_type that it must have; else one of MODELS. Raises InputError.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; want a checkpoint folder with config.json and "
+                         "*.safetensors")
+    file = path / "config.json"
+    raw = {name: value for name, value in read_json(file).items() if value is not None}
+    kind = str(raw.get("model_type"))
+    if "mm_vision_tower" in raw:        # early files in the original layout say "llava", too
+        kind = "llava_llama"
+    if kind in REFUSED:
+        raise InputError(f"{file}: model_type is {kind!r}, {REFUSED[kind]}")
+    if kind not in MODELS or kind != (want or kind):
+        raise InputError(f"{file}: model_type is {kind!r}, want "
+                         f"{repr(want) if want else 'one of ' + ', '.join(MODELS)}")
+    return raw
+
+
 def section(raw: dict, name: str, file: Path) -> dict:
-    """A section of a JSON file, empty if it is not there. Raises InputError."""
+    """Return a section of a JSON file, empty if it is not there. Raises InputError."""
     value = raw.get(name) or {}
     if not isinstance(value, dict):
         raise InputError(f"{file}: {name} is {value!r}, want an object")
     return value
 
 
+def with_rope(text: dict, path: Path) -> dict:
+    """Return the text config with the entries of its rotary embedding, which transformers 4 keeps
+    in rope_scaling and transformers 5 in rope_parameters. Raises InputError if it is scaled."""
+    file = path / "config.json"
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = section(text, name, file)
+        for key in ("rope_type", "type"):
+            if rope.get(key, "default") not in ("default", "mrope"):
+                raise InputError(f"{file}: {key} of the rotary embedding is {rope[key]!r}, want "
+                                 "'default' or 'mrope'; nothing else is implemented")
+        text = text | {key: value for key, value in rope.items() if value is not None}
+    return text
+
+
 def fill(cls, raw: dict, path: Path):
-    """The dataclass, from the entries it has a field for; null means left out. Raises InputError
-    where an entry is not of the field's type, or is missing and has no default."""
+    """Return the dataclass, from the entries it has a field for; null means left out.
+
+    Raises InputError where an entry is not of the field's type, or is missing and has no default.
+    """
     values = {}
     for field in fields(cls):
         value = raw.get(field.name)
@@ -104,7 +150,8 @@ def fill(cls, raw: dict, path: Path):
 
 
 def check_entry(name: str, value, kind: type, path: Path):
-    """Numbers are above 0, a tuple is a list of whole numbers."""
+    """Raise InputError unless the value is of that kind. Numbers are above 0, a tuple is a list of
+    whole numbers."""
     if kind is bool or kind is str:
         fits = isinstance(value, kind)
         want = kind.__name__
@@ -122,7 +169,7 @@ def check_entry(name: str, value, kind: type, path: Path):
 
 
 def check_values(path: Path, rules: list[tuple]):
-    """Each rule is (name, value, the one value that is implemented). Raises InputError."""
+    """Raise InputError if a rule is broken: (name, value, the one value that is implemented)."""
     for name, value, want in rules:
         if value != want:
             raise InputError(f"{path}/config.json: {name} is {value!r}, want {want!r}; nothing "
@@ -130,16 +177,17 @@ def check_values(path: Path, rules: list[tuple]):
 
 
 def is_tied(raw: dict, text: dict) -> bool:
-    """Whether the output head is the embedding. transformers 4.57 says so in text_config alone."""
+    """Tell whether the output head is the embedding. transformers 4.57 says so in text_config only.
+    """
     return bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
 
 
-def read_bounds(path: Path, default: tuple[int, int]) -> tuple[int, int]:
-    """The least and the largest area of a resized image, in pixels; the default where the folder
-    has none.
+def read_bounds(path: Path, default: tuple[int, int], given: tuple = (None, None)) -> tuple:
+    """Return the least and the largest area of a resized image, in pixels: the given bound, or the
+    folder's, or the default.
 
-    They are in preprocessor_config.json or, nested, in processor_config.json: under their own names
-    or, as transformers 5 saves them, as size. Raises InputError.
+    A folder has them in preprocessor_config.json or, nested, in processor_config.json: under their
+    own names or, as transformers 5 saves them, as size. Raises InputError.
     """
     file = path / "preprocessor_config.json"
     raw = {}
@@ -151,21 +199,29 @@ def read_bounds(path: Path, default: tuple[int, int]) -> tuple[int, int]:
     size = section(raw, "size", file)
     names = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
     bounds = []
-    for (name, of_size), value in zip(names, default):
+    for (name, of_size), of_model, wanted in zip(names, default, given):
+        value = of_model
         for found in (size.get(of_size), raw.get(name)):
             if found is not None:
                 value = found
         if type(value) is not int or value < 1:
             raise InputError(f"{file}: {name} is {value!r}, want a whole number above 0")
-        bounds.append(value)
-    return tuple(bounds)
+        bounds.append(value if wanted is None else wanted)
+    low, high = bounds
+    if low > high:
+        raise InputError(f"{path}: min_pixels is {low}, max_pixels {high}; want min_pixels <= "
+                         "max_pixels")
+    return low, high
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """tokenizer.json; a truncation or padding that training has left in it is switched off, since
-    it would cut a prompt in silence. Raises InputError."""
+    """Return the tokenizer of a folder. Raises InputError.
+
+    A truncation or padding that training has left in tokenizer.json is switched off, since it would
+    cut a prompt in silence.
+    """
     file = path / "tokenizer.json"
     if not file.exists():
         raise InputError(f"{file}: not found; want the tokenizer as this one file, tokenizer.model "
@@ -180,8 +236,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def read_eos(path: Path, default: list[int]) -> set[int]:
-    """Ids that end an answer, of generation_config.json; the default where that file or its entry
-    is missing or null. Raises InputError."""
+    """Return the ids that end an answer, of generation_config.json; the default where that file or
+    its entry is missing or null. Raises InputError."""
     file = path / "generation_config.json"
     ids = None
     if file.exists():
@@ -197,28 +253,28 @@ def read_eos(path: Path, default: list[int]) -> set[int]:
 
 # ---- weights -------------------------------------------------------------------------------------
 
+class NothingDrawn(TorchFunctionMode):
+    """Where it is on, nn.Embedding does not draw its weights: the part of torch that would do so on
+    the meta device takes most of a second to import."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.init.normal_:
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def empty(model_class, *args):
-    """model_class(*args) on the meta device, for `load_weights` to fill.
-
-    nn.Embedding would draw its weights even there, by a part of torch that takes most of a second
-    to import.
-    """
-    draw = nn.Embedding.reset_parameters
-    nn.Embedding.reset_parameters = lambda embedding: None
-    try:
-        with torch.device("meta"):
-            return model_class(*args)
-    finally:
-        nn.Embedding.reset_parameters = draw
+    """Return model_class(*args) on the meta device, for `load_weights` to fill."""
+    with torch.device("meta"), NothingDrawn():
+        return model_class(*args)
 
 
-def load_weights(model, path: Path, device, dtype, renames: list, ignored: str,
-                 tied: tuple[str, str] | None):
+def load_weights(model, path: Path, device, dtype, renames: list, ignored: str, tied: bool):
     """Fill a model built on the meta device: every parameter, and nothing unknown.
 
     renames: (pattern, replacement), applied in order to the names in the files. ignored: a pattern
-    of renamed tensors that are of no use. tied: the embedding and the head, if one may stand for
-    both. One tensor at a time goes from file to device; on the CPU in the stored precision the
+    of renamed tensors that are of no use. tied: the embedding and the head may stand for one
+    another. One tensor at a time goes from file to device; on the CPU in the stored precision the
     file's own pages are used, uncopied. Raises InputError.
     """
     wanted = dict(model.named_parameters())
@@ -229,7 +285,7 @@ def load_weights(model, path: Path, device, dtype, renames: list, ignored: str,
             for pattern, replacement in renames:
                 name = re.sub(pattern, replacement, name)
             if name in weights:
-                raise InputError(f"{shard}: {key} is there twice")
+                raise InputError(f"{shard}: {key} is a duplicate")
             if name in wanted:
                 # the file is opened anew for each tensor: pages already converted are let go
                 tensor = read_shard(shard, lambda f: f.get_tensor(key))
@@ -238,11 +294,11 @@ def load_weights(model, path: Path, device, dtype, renames: list, ignored: str,
             elif not re.search(ignored, name):
                 raise InputError(f"{shard}: unknown tensor {key}")
     if tied:
-        embedding, head = tied
-        if (embedding in weights) != (head in weights):
-            one = weights.get(embedding, weights.get(head))
-            weights[embedding] = one
-            weights[head] = one
+        embedding = next(name for name in wanted if name.endswith("embed_tokens.weight"))
+        head = "lm_head.weight"
+        for name, other in ((embedding, head), (head, embedding)):
+            if name not in weights and other in weights:
+                weights[name] = weights[other]
     missing = sorted(wanted.keys() - weights.keys())
     if missing:
         raise InputError(f"{path}: {len(missing)} of {len(wanted)} tensors are missing, the first "
@@ -252,14 +308,14 @@ def load_weights(model, path: Path, device, dtype, renames: list, ignored: str,
 
 
 def check_shape(tensor, parameter, key: str, shard: Path):
-    """Raises InputError."""
+    """Raise InputError if the tensor of a file has another shape than the model's."""
     if tensor.shape != parameter.shape:
         raise InputError(f"{shard}: {key} is {list(tensor.shape)}, config.json wants "
                          f"{list(parameter.shape)}")
 
 
 def read_shard(shard: Path, read):
-    """read(the open file). Raises InputError."""
+    """Return read(the open file). Raises InputError."""
     try:
         with safe_open(shard, "pt") as f:
             return read(f)
@@ -275,7 +331,8 @@ def files_read(path: Path) -> list[Path]:
 
 
 def find_shards(path: Path) -> list[Path]:
-    """The files that the index names, or every *.safetensors where there is no index."""
+    """Return the files that the index names, or every *.safetensors where there is no index. Raises
+    InputError."""
     index = path / "model.safetensors.index.json"
     if index.exists():
         names = set(map(str, section(read_json(index), "weight_map", index).values()))

@@ -1,16 +1,20 @@
 """The small random checkpoints whose computation the make_golden scripts recorded, each read once,
 and what the tests need to know of either model."""
 import json
-from functools import cache, partial
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from samples import images
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model_llava
 import model_qwen
 import model_qwen3
+from support.image import CLIP_MEAN, CLIP_STD, normalize, on_white
 
 GOLDEN = Path(__file__).parent / "golden"
 # float32 against a float64 original; and both in float64, where the order of summation hides
@@ -37,16 +41,39 @@ def recording(name):
     return cases, load_file(GOLDEN / f"{name}.safetensors")
 
 
-def preprocess(model):
-    """As the recorded processor did: it crops, where LLaVA's own evaluation pads."""
-    if isinstance(model, model_llava.Llava):
-        return partial(model.preprocess, mode="crop")
-    return model.preprocess
+def cropped(image, side):
+    """What CLIP's processor, which was recorded, makes of an image; LLaVA's own evaluation pads."""
+    long = int(side * max(image.size) / min(image.size))
+    size = (side, long) if image.width <= image.height else (long, side)
+    image = on_white(image).resize(size, Image.BICUBIC)
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    return normalize(image.crop((left, top, left + side, top + side)), CLIP_MEAN, CLIP_STD)
 
 
 def begin(model, case):
-    pixels = preprocess(model)(images()[case["image"]])
-    return model.begin(pixels, case["question"])
+    """Begin a recorded case, its image processed as it was for the recording."""
+    image = images()[case["image"]]
+    if isinstance(model, model_llava.Llava):
+        image = cropped(image, model.config.vision.image_size)
+    return model.begin(image, case["question"])
+
+
+def decoder_of(model):
+    """Return embed_tokens, layers and norm, whatever the model file calls them."""
+    return model.language_model if hasattr(model, "language_model") else model.model
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that torch dispatches, by name: on a GPU, about its launches."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops[op.__name__.split(".")[0]] += 1
+        return op(*args, **(kwargs or {}))
 
 
 def logits_of_answer(model, stream, tokens):

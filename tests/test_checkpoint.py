@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import GOLDEN, MODULES, ONE_OF_EACH, load
+from checkpoints import GOLDEN, MODULES, ONE_OF_EACH, decoder_of, load
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from support import checkpoint
-from support.made_up import decoder_of
 from tokprune import InputError
 
 

@@ -7,14 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import MODULES, ONE_OF_EACH, load
+from checkpoints import MODULES, ONE_OF_EACH, Counted, decoder_of, load
 from PIL import Image
 from samples import QUESTIONS, images
 
 import information
 import model_llava
 import tokprune
-from support.made_up import decoder_of
 from tokprune import KV, METHODS, InputError, keep, prune, view_of
 
 
@@ -68,6 +67,19 @@ def test_begin_is_layer_0_of_one_prompt_whose_visual_rows_tile_the_image(model, 
     assert start.cache == [None] * model.num_layers and start.queries is None
     saliency = start.saliency()
     assert saliency.shape == (V,) and saliency.dtype == torch.float32 and (saliency > 0).all()
+
+
+def test_saliency_is_worked_out_once_a_question(model):
+    """A sweep asked for it again at every layer, and for each variant."""
+    start = model.begin(images()["wide"], QUESTIONS[0])
+    with Counted() as counted:
+        start.saliency()
+    assert counted.ops["_softmax"] == 1
+    with Counted() as counted:
+        later = keep(model.run(start, stop=1), torch.tensor([[0, 2], [1, 3]]))
+        later.saliency()
+        replace(start).saliency()
+    assert counted.ops["_softmax"] == 0
 
 
 def test_canvas_is_the_picture_that_the_grid_divides(model, start):

@@ -1,4 +1,4 @@
-"""What Qwen2.5-VL alone has: images of every shape, windows, M-RoPE, a config in three forms."""
+"""What only Qwen2.5-VL has: images of every shape, windows, M-RoPE, a config in three forms."""
 import hashlib
 import json
 
@@ -11,6 +11,7 @@ from published import HUB_3B, HUB_7B
 from samples import images
 
 import model_qwen
+from support.image import smart_resize
 from tokprune import InputError, keep
 
 PIXELS = json.loads((GOLDEN / "pixels.json").read_text())
@@ -39,7 +40,7 @@ def test_pixels_equal_the_pil_processor_bit_for_bit(bounds):
 @pytest.mark.parametrize("size, want", [((70, 42), (56, 56)), ((98, 126), (112, 112)),
                                         ((100, 60), (112, 56))])
 def test_sides_go_to_the_nearest_multiple_and_halves_to_the_even_one(size, want):
-    assert model_qwen.smart_resize(*size, 28, 1, 10 ** 9) == want
+    assert smart_resize(*size, 28, 1, 10 ** 9) == want
 
 
 def test_image_too_long_is_refused_by_its_size():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import model_llava
 import model_qwen
+from support.image import CLIP_MEAN, CLIP_STD, normalize, patchify
 from support.benchmarks import SHORT
 from tiny.questions import training_questions
 from tiny.scenes import GLYPHS, SIDE, Scene, draw_scene
@@ -118,14 +119,13 @@ class Chat:
 
 
 def show_llava(image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
-    square = model_llava.pad_to_square(image)
-    pixels = model_llava.normalize(model_llava.resize_shortest_edge(square, SIDE))
-    return pixels, (SIDE // PATCH, SIDE // PATCH)
+    square = model_llava.pad_to_square(image).resize((SIDE, SIDE), Image.BICUBIC)
+    return normalize(square, CLIP_MEAN, CLIP_STD), (SIDE // PATCH, SIDE // PATCH)
 
 
 def show_qwen(image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
     """At its own size, which is a multiple of PATCH. A token has 2 x 2 patches, of 2 frames."""
-    return model_qwen.patchify(model_qwen.normalize(image), PATCH // 2, 2, 2)
+    return patchify(normalize(image, CLIP_MEAN, CLIP_STD), PATCH // 2, 2, 2)
 
 
 def llava_positions(first: int, grid: tuple[int, int], T: int) -> tuple[Tensor, int]:

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from model_llava import CLIP_MEAN, CLIP_STD, Llava
+from model_llava import Llava
 from model_qwen import Qwen
+from support.image import CLIP_MEAN, CLIP_STD
 
 LLAVA_NAMES = {"language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
                "vision_tower.": "vision_tower.vision_model."}
@@ -73,9 +74,9 @@ def export_qwen(model: Qwen, folder: Path):
         "eos_token_id": ids["im_end"], "image_token_id": ids["image_pad"],
         "video_token_id": ids["video_pad"], "vision_start_token_id": ids["vision_start"],
         "vision_end_token_id": ids["vision_end"], "tie_word_embeddings": True,
-        "max_position_embeddings": 512, **text,
+        "max_position_embeddings": 512, **text, "hidden_act": "silu",
         "rope_scaling": {"type": "mrope", "mrope_section": section},
-        "vision_config": {**vision, "in_chans": 3, "tokens_per_second": 2}}
+        "vision_config": {**vision, "hidden_act": "silu", "in_chans": 3, "tokens_per_second": 2}}
     generation = {"eos_token_id": [ids["im_end"], ids["endoftext"]],
                   "pad_token_id": ids["endoftext"]}
     preprocessor = {
