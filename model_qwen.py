@@ -416,9 +416,9 @@ class TextConfig:
     num_attention_heads: int
     num_key_value_heads: int
     rms_norm_eps: float
+    mrope_section: tuple                # how many of the D/2 frequencies turn with t, row, column
     use_sliding_window: bool = False
     rope_theta: float = 1e6
-    mrope_section: tuple = ()           # how many of the D/2 frequencies turn with t, row, column
 
     @property
     def head_dim(self) -> int:

@@ -65,15 +65,19 @@ def decoder_of(model):
 
 
 class Counted(TorchDispatchMode):
-    """Counts the operations that torch dispatches, by name: on a GPU, about its launches."""
+    """Counts the operations that torch dispatches, by name: on a GPU, its launches and views. To
+    convert a tensor to the precision it has is no operation."""
 
     def __init__(self):
         super().__init__()
         self.ops = Counter()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.ops[op.__name__.split(".")[0]] += 1
-        return op(*args, **(kwargs or {}))
+        out = op(*args, **(kwargs or {}))
+        name = op.__name__.split(".")[0]
+        if name != "to" or out.dtype != args[0].dtype:
+            self.ops[name] += 1
+        return out
 
 
 def logits_of_answer(model, stream, tokens):

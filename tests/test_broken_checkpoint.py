@@ -123,7 +123,8 @@ QWEN = [
     (edit("text_config", rope_scaling={"rope_type": "yarn", "type": "mrope"}), "is 'yarn'"),
     (edit("text_config", rope_parameters={"mrope_section": "112"}), "mrope_section is '112'"),
     (edit("text_config", use_sliding_window=True), "use_sliding_window is True"),
-    (edit("text_config", rms_norm_eps=None), "rms_norm_eps is not there")]
+    (edit("text_config", rms_norm_eps=None), "rms_norm_eps is not there"),
+    (edit("text_config", rope_scaling=None, rope_parameters=None), "mrope_section is not there")]
 BROKEN = [(name, *case) for name in ONE_OF_EACH for case in ANY_MODEL]
 BROKEN += [("llava_grouped", *case) for case in LLAVA]
 BROKEN += [("qwen_untied", *case) for case in QWEN]

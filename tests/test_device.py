@@ -3,8 +3,6 @@
 It sees no kernel and no memory; it sees a tensor that was made on the CPU and meets one of the
 model's, which on a real GPU is an error.
 """
-from types import SimpleNamespace
-
 import pytest
 import torch
 from checkpoints import ONE_OF_EACH, load
@@ -13,13 +11,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import information
-from tokprune import METHODS, keep, prefill, prune
+from tokprune import METHODS, Decoding, keep, prefill, prune
 
 GPU = torch.device("cuda:0")
 CPU = torch.device("cpu")
 INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
-ARGS = SimpleNamespace(window=2, max_batch_tokens=2 ** 15, answers="gold", max_new_tokens=2,
-                       repetition_penalty=1.0)
 
 
 def on_gpu(value) -> bool:
@@ -76,22 +72,21 @@ def model(request):
 
 def main_path(model):
     """Every kind of work that a run does, and what comes of it."""
-    question = SimpleNamespace(gold_normalised="Yes", gold_written="Yes", answers=["Yes"])
     start = model.begin(images()["wide"], QUESTIONS[0])
     reached = model.run(start, stop=1)
     found = []
     for method in METHODS:
         info = None
         if METHODS[method].measure:
-            measure = information.MEASURES[METHODS[method].measure]
-            info = {method: measure(model, start, question, [1], ARGS)[1]}
+            measure = information.MEASURES[METHODS[method].measure].function
+            info = {method: measure(model, start, "Yes", [1])[1]}
         pruned = model.run(prune(model, reached, [method, method], 3, [0, 1], info))
         found.append(model.decode(pruned, 2, 1.5))
-    found.append(model.decode(prefill(model, start, [(1, "grid", 0.5), (2, "random", 0)]), 2))
+    found.append(model.decode(prefill(model, start, [(1, "grid", 0.5), (2, "none", 0)]), 2))
     for mode in information.MODES:
         maps = information.token_information(model, start, "Yes", [0, 2], 3, mode, "each")
         found.append(maps.tolist())
-    found.append(information.answers_without_image(model, start, 2))
+    found.append(information.answers_without_image(model, start, Decoding(2)))
     found.append(information.divergence_without_image(model, start, "Yes"))
     return found
 
