@@ -65,7 +65,7 @@ def answer_with_each_method(model, stream: Stream, methods: list[str], layer: in
     [unpruned] = decode(model, full_stream, *decoding)
     panels = [("unpruned", unpruned, full_stream.origin[0].tolist())]
     layers_of = {method: {layer} for method in methods}
-    info = measure_beforehand(model, stream, layers_of, lambda method: unpruned)
+    info = measure_beforehand(model, [stream], layers_of, lambda method: [unpruned])
     reached = model.run(stream, stop=layer)             # the layers before, on everything
     for method in methods:
         pruned_stream = prefill(model, reached, [(layer, method, ratio)], seed, info)
@@ -95,7 +95,7 @@ def sentence(panels: list[tuple], gold: str | None) -> str:
 def horizon_of_question(model, stream: Stream, decoding: Decoding = Decoding()) -> int:
     """Find the layer from which on dropping every visual token leaves the answer as it is, to the
     letter. `information.horizon` has the rule for a benchmark."""
-    answers = answers_without_image(model, stream, decoding)
+    [answers] = answers_without_image(model, stream, decoding)
     layer = model.num_layers
     while layer > 0 and answers[str(layer - 1)] == answers["unpruned"]:
         layer -= 1

@@ -8,6 +8,7 @@
 In this order: the loop over schedules, scores, what the flags ask for, the program.
 """
 import functools
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from support.run import (RANK, collect, open_folder, provenance, settings_of, st
                          write_result)
 from support.statistics import paired_difference, standard_error
 from tokprune import (METHODS, ORACLES, Decoding, InputError, Stream, check_method, decode, flops,
-                      format_schedule, number_kept, parse_schedule, prefill, visual_tokens)
+                      format_schedule, number_kept, parse_schedule, prefill, together,
+                      visual_tokens)
 
 
 # ---- the loop over schedules ---------------------------------------------------------------------
@@ -42,24 +44,28 @@ class Cell:
         return f"{format_schedule(self.schedule)} seed {self.seed}"
 
 
-def answer_cells(model, stream: Stream, cells: list[Cell], info: dict, draws_from: int = 0,
-                 decoding: Decoding = Decoding(), positions: str = "keep") -> dict[str, str]:
-    """Return the greedy answer of every cell, by its key, from a stream at layer 0.
+def answer_cells(model, stream: Stream, cells: list[Cell], info: dict, seeds: list[int],
+                 decoding: Decoding = Decoding(), positions: str = "keep") -> list[dict[str, str]]:
+    """Return the greedy answer of every cell to each prompt, by the cell's key, from a stream at
+    layer 0.
 
-    info: what methods need beforehand, as `prefill` takes it. draws_from: added to each seed.
+    info: what methods need beforehand, as `prefill` takes it. seeds: of each prompt, added to the
+    cell's.
     """
     full_streams = unpruned_streams(model, stream, cells)
-    answers = {}
+    answers = [{} for _ in seeds]
     for batch in batches_of_equal_shape(cells, stream.N):
-        seeds = [cell.seed + draws_from for cell in batch]
         stages = []                                     # layers and counts are the same in all
         for same in zip(*(cell.schedule for cell in batch)):
             layer, _, amount = same[0]
-            stages.append((layer, [method for _, method, _ in same], amount))
-        reached = stages[0][0] if stages else model.num_layers
-        pruned_stream = prefill(model, full_streams[reached], stages, seeds, info, positions)
+            stages.append((layer, [method for _, method, _ in same] * len(seeds), amount))
+        reached = full_streams[stages[0][0] if stages else model.num_layers]
+        variant_seeds = [seed + cell.seed for seed in seeds for cell in batch]
+        pruned_stream = prefill(model, reached, stages, variant_seeds, info, positions)
         found = decode(model, pruned_stream, *decoding)
-        answers |= {cell.key: answer for cell, answer in zip(batch, found)}
+        for i, of_prompt in enumerate(answers):
+            for cell, answer in zip(batch, found[i * len(batch):]):
+                of_prompt[cell.key] = answer
     return answers
 
 
@@ -93,30 +99,42 @@ def layers_to_measure(cells: list[Cell]) -> dict[str, set[int]]:
     return layers_of
 
 
-def answer_question(model, question: Question, image, cells: list[Cell], answers: str,
-                    max_batch_tokens: int, decoding: Decoding, positions: str) -> dict:
-    """Return the record of a question: answers, what the metric reads in them ("parsed"), scores,
-    and how many rows there were.
+def most_variants(cells: list[Cell]) -> int:
+    """Return the most cells that can be variants of one batch: those that prune at the same layers.
+    """
+    return max(Counter(tuple(layer for layer, _, _ in cell.schedule) for cell in cells).values())
+
+
+def answer_questions(model, questions: list[Question], images: list, cells: list[Cell],
+                     answers: str, max_batch_tokens: int, decoding: Decoding,
+                     positions: str) -> list[dict]:
+    """Return the records of questions of equal shape: answers, what the metric reads in them
+    ("parsed"), scores, and how many rows there were.
 
     answers: "gold" or "own", whose information the oracles measure.
     """
-    stream = model.begin(image, question.prompt)
+    streams = [model.begin(image, question.prompt) for question, image in zip(questions, images)]
+    stream = together(streams)
 
     @functools.cache
-    def own_answer() -> str:
-        return decode(model, model.run(stream), *decoding)[0]
+    def own_answers() -> list[str]:
+        return decode(model, model.run(stream), *decoding)
 
-    def answer_for(method) -> str:
-        if answers == "own" or not method.needs_gold:
-            if own_answer():
-                return own_answer()
-        first = MEASURES[method.measure].target == "first"
-        return question.gold_normalised if first else question.gold_written
-    info = measure_beforehand(model, stream, layers_to_measure(cells), answer_for,
+    def answers_for(method) -> list[str]:
+        target = MEASURES[method.measure].target
+        if answers == "gold" and method.needs_gold:
+            return [question.gold_for(target) for question in questions]
+        return [own or question.gold_for(target) for own, question in zip(own_answers(), questions)]
+    info = measure_beforehand(model, streams, layers_to_measure(cells), answers_for,
                               max_batch_tokens)
-    found = answer_cells(model, stream, cells, info, question.seed, decoding, positions)
-    read = {key: score(answer, question) for key, answer in found.items()}
-    return {"answers": found,
+    seeds = [question.seed for question in questions]
+    found = answer_cells(model, stream, cells, info, seeds, decoding, positions)
+    return [record_of(question, stream, of_prompt) for question, of_prompt in zip(questions, found)]
+
+
+def record_of(question: Question, stream: Stream, answers: dict[str, str]) -> dict:
+    read = {key: score(answer, question) for key, answer in answers.items()}
+    return {"answers": answers,
             "parsed": {key: parsed for key, (parsed, _) in read.items()},
             "scores": {key: value for key, (_, value) in read.items()},
             "visual_tokens": stream.N, "text_rows": stream.x.shape[1] - stream.N}
@@ -306,13 +324,14 @@ def main(argv: list[str]):
     out = open_folder(args, settings)
     result = settings | provenance(args, model) | {"prompts": {}, "benchmarks": {}, "space": {}}
 
-    def work(question, image):
-        return answer_question(model, question, image, cells, args.answers, args.max_batch_tokens,
-                               flags.decoding(args), args.positions)
+    def work(questions, images):
+        return answer_questions(model, questions, images, cells, args.answers,
+                                args.max_batch_tokens, flags.decoding(args), args.positions)
+    at_once = flags.at_once(args, most_variants(cells))
     for benchmark, known in data.items():
         questions = flags.sample(known, args.limit, args.seed)
         prompt = report.print_asked(benchmark, questions, known, flags.template(model))
-        records = collect(out, benchmark, questions, model, work)
+        records = collect(out, benchmark, questions, model, work, at_once)
         rows = summarize(model, benchmark, questions, records, cells)
         for row in rows:
             row |= {"asked": len(questions), "of": len(known)}

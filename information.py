@@ -27,7 +27,7 @@ from support.benchmarks import images_of, score
 from support.files import read_image
 from support.pictures import plot_information
 from support.run import RANK, collect, open_folder, provenance, settings_of, start, write_result
-from tokprune import KV, METHODS, Decoding, InputError, Stream, attention, decode, keep, prefill
+from tokprune import KV, METHODS, Decoding, InputError, Stream, attention, decode, keep, prefill, together
 
 MODES = ("keep-one", "leave-one-out")
 TARGETS = ("first", "answer", "each")
@@ -316,21 +316,22 @@ MEASURES = {"windows": Measure(information_of_windows, "first"),
             "attention": Measure(attention_of_answer, "answer")}
 
 
-def measure_beforehand(model, stream: Stream, layers_of: dict[str, set[int]], answer_for,
-                       max_batch_tokens: int = ROWS) -> dict[int, dict[str, Tensor]]:
-    """Return {layer: {method: values of the N visual tokens}}, as `prefill` takes it.
+def measure_beforehand(model, streams: list[Stream], layers_of: dict[str, set[int]], answers_for,
+                       max_batch_tokens: int = ROWS) -> dict[int, dict[str, list[Tensor]]]:
+    """Return {layer: {method: values of the N visual tokens of each prompt}}, as `prefill` takes it.
 
-    layers_of: where each method prunes. answer_for(method) -> the answer that it measures.
+    streams: at layer 0. layers_of: where each method prunes. answers_for(method) -> the answer to
+    each prompt that it measures.
     """
     info = {}
     for name, layers in layers_of.items():
         method = METHODS[name]
         if method.measure:
             measure = MEASURES[method.measure].function
-            values = measure(model, stream, answer_for(method), sorted(layers),
-                             max_batch_tokens=max_batch_tokens)
-            for layer in layers:
-                info.setdefault(layer, {})[name] = values[layer]
+            for stream, answer in zip(streams, answers_for(method), strict=True):
+                values = measure(model, stream, answer, sorted(layers), max_batch_tokens)
+                for layer in layers:
+                    info.setdefault(layer, {}).setdefault(name, []).append(values[layer])
     return info
 
 
@@ -348,15 +349,18 @@ def horizon(curve, full: float, tolerance: float = 0.01) -> int:
     return layer
 
 
-def answers_without_image(model, stream: Stream, decoding: Decoding = Decoding()) -> dict[str, str]:
-    """Return the greedy answer, "unpruned" and with every visual token dropped at the input of
-    layer "0", "1", ..., from a stream at layer 0."""
-    answers = {}
-    for layer in range(model.num_layers):
+def answers_without_image(model, stream: Stream,
+                          decoding: Decoding = Decoding()) -> list[dict[str, str]]:
+    """Return the greedy answers to each prompt, "unpruned" and with every visual token dropped at
+    the input of layer "0", "1", ..., from a stream at layer 0."""
+    answers = [{} for _ in stream.x]
+    for layer in range(model.num_layers + 1):
         stream = model.run(stream, stop=layer)
-        without_stream = prefill(model, stream, [(layer, "none", 0)])
-        [answers[str(layer)]] = decode(model, without_stream, *decoding)
-    [answers["unpruned"]] = decode(model, model.run(stream), *decoding)
+        last = layer == model.num_layers
+        without_stream = stream if last else prefill(model, stream, [(layer, "none", 0)])
+        key = "unpruned" if last else str(layer)
+        for of_prompt, answer in zip(answers, decode(model, without_stream, *decoding)):
+            of_prompt[key] = answer
     return answers
 
 
@@ -395,18 +399,25 @@ def divergence_horizon(curve, threshold: float = 0.002) -> int:
 
 # ---- a benchmark ---------------------------------------------------------------------------------
 
-def measure_question(model, stream: Stream, question, layers: list[int], answers: str, window: int,
-                     mode: str, target: str, max_batch_tokens: int, decoding: Decoding) -> dict:
-    """Return the record of a question: answers and scores by the layer where everything is dropped,
-    the divergence, and the information of its answer, gold or the model's own (`answers`)."""
-    said = answers_without_image(model, stream, decoding)
-    scores = {layer: points(answer, question, said["unpruned"]) for layer, answer in said.items()}
-    divergence = divergence_without_image(model, stream, said["unpruned"])
-    answer = answer_to_measure(question, answers, target, said["unpruned"])
-    values = token_information(model, stream, answer, layers, window, mode, target,
-                               max_batch_tokens)
-    return {"answers": said, "scores": scores, "divergence": divergence,
-            "information": to_json(values.numpy())}
+def measure_questions(model, questions: list, images: list, layers: list[int], answers: str,
+                      window: int, mode: str, target: str, max_batch_tokens: int,
+                      decoding: Decoding) -> list[dict]:
+    """Return the records of questions of equal shape: answers and scores by the layer where
+    everything is dropped, the divergence, and the information of the answer, gold or the model's
+    own (`answers`)."""
+    streams = [model.begin(image, question.prompt) for question, image in zip(questions, images)]
+    records = []
+    for question, stream, said in zip(questions, streams,
+                                      answers_without_image(model, together(streams), decoding)):
+        own = said["unpruned"]
+        scores = {layer: points(answer, question, own) for layer, answer in said.items()}
+        answer = answer_to_measure(question, answers, target, own)
+        values = token_information(model, stream, answer, layers, window, mode, target,
+                                   max_batch_tokens)
+        records.append({"answers": said, "scores": scores,
+                        "divergence": divergence_without_image(model, stream, own),
+                        "information": to_json(values.numpy())})
+    return records
 
 
 def points(answer: str, question, unpruned: str) -> float:
@@ -424,7 +435,7 @@ def answer_to_measure(question, answers: str, target: str, own: str) -> str:
     if not question.answers:
         raise InputError(f"question {question.id}: the model's own answer is empty, and it has no "
                          "gold one; there is nothing to measure")
-    return question.gold_normalised if target == "first" else question.gold_written
+    return question.gold_for(target)
 
 
 def horizons_of(questions: list, records: list[dict], tolerance: float, threshold: float) -> dict:
@@ -510,15 +521,14 @@ def main(argv: list[str]):
     examples = {}
     maps = {"layers": np.array(layers)}
 
-    def work(question, image):
-        stream = model.begin(image, question.prompt)
-        return measure_question(model, stream, question, layers, args.answers, args.window,
-                                args.mode, args.target, args.max_batch_tokens,
-                                flags.decoding(args))
+    def work(questions, images):
+        return measure_questions(model, questions, images, layers, args.answers, args.window,
+                                 args.mode, args.target, args.max_batch_tokens,
+                                 flags.decoding(args))
     for benchmark, questions in data.items():
         asked = flags.sample(questions, args.limit, args.seed)
         prompt = report.print_asked(benchmark, asked, questions, flags.template(model))
-        records = collect(out, benchmark, asked, model, work)
+        records = collect(out, benchmark, asked, model, work, flags.at_once(args, 1))
         values = [from_json(record["information"]) for record in records]
         for question, value in zip(asked, values):
             maps[f"{benchmark}/{question.id}"] = value

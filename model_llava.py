@@ -59,21 +59,32 @@ class Llava(nn.Module):
         side = self.config.vision.image_size
         return pad_to_square(image).resize((side, side), Image.BICUBIC)
 
-    @torch.inference_mode()
-    def begin(self, image: Image.Image | Tensor, question: str) -> Stream:
-        """Begin a prompt about one image, or its pixels from `preprocess` -> Stream at layer 0,
-        B = 1."""
-        pixels = image if isinstance(image, Tensor) else self.preprocess(image)
-        embed = self.language_model.embed_tokens
-        device = embed.weight.device
-        features, saliency = self.vision_tower(pixels[None].to(device, embed.weight.dtype))
-        features = self.multi_modal_projector(features)[0]                      # (V, C)
+    def tokenize(self, question: str) -> tuple[list[int], int]:
+        """Return the ids of a prompt, and the place of its image token. Raises InputError."""
         ids = self.tokenizer.encode(PROMPT.format(question=question)).ids
         places = [i for i, token in enumerate(ids) if token == self.config.image_token]
         if len(places) != 1:
             raise InputError(f"prompt holds {len(places)} <image> tokens (id "
                              f"{self.config.image_token}), want 1: {question!r}")
-        start = places[0]
+        return ids, places[0]
+
+    def shape(self, size: tuple[int, int], question: str) -> tuple[int, int, tuple[int, int]]:
+        """Return the shape of a prompt about an image of that width and height: its rows, the first
+        visual one, and the grid of visual tokens. Raises InputError."""
+        ids, start = self.tokenize(question)
+        side = self.config.vision.image_size // self.config.vision.patch_size
+        return len(ids) - 1 + side * side, start, (side, side)
+
+    @torch.inference_mode()
+    def begin(self, image: Image.Image | Tensor, question: str) -> Stream:
+        """Begin a prompt about one image, or its pixels from `preprocess` -> Stream at layer 0,
+        B = 1. Raises InputError."""
+        pixels = image if isinstance(image, Tensor) else self.preprocess(image)
+        embed = self.language_model.embed_tokens
+        device = embed.weight.device
+        features, saliency = self.vision_tower(pixels[None].to(device, embed.weight.dtype))
+        features = self.multi_modal_projector(features)[0]                      # (V, C)
+        ids, start = self.tokenize(question)
         V = len(features)
         ids = torch.tensor(ids[:start] + V * [ids[start]] + ids[start + 1:], device=device)
         x = embed(ids)                                                          # (T, C)
@@ -82,8 +93,8 @@ class Llava(nn.Module):
         side = self.config.vision.image_size // self.config.vision.patch_size
         return Stream(layer=0, x=x[None], pos=torch.arange(T, device=device)[None], next_pos=T,
                       visual=(start, V), origin=torch.arange(V, device=device)[None], N=V,
-                      grid=(side, side), cache=[None] * self.num_layers, queries=None, ids=ids,
-                      embeds=x, saliency=functools.cache(lambda: saliency()[0]))
+                      grid=(side, side), cache=[None] * self.num_layers, queries=None,
+                      ids=ids[None], embeds=x[None], saliency=functools.cache(saliency))
 
     @torch.inference_mode()
     def run(self, stream: Stream, stop: int | None = None) -> Stream:

@@ -64,20 +64,33 @@ class Qwen(nn.Module):
                                      c.max_pixels)
         return on_white(image).resize((width, height), Image.BICUBIC)
 
-    @torch.inference_mode()
-    def begin(self, image: Image.Image | tuple, question: str) -> Stream:
-        """Begin a prompt about one image, or what `preprocess` makes of it -> Stream at layer 0,
-        B = 1."""
-        pixels, grid = image if isinstance(image, tuple) else self.preprocess(image)
-        embed = self.model.embed_tokens
-        device = embed.weight.device
-        features, saliency = self.visual(pixels[None].to(device, embed.weight.dtype), grid)
+    def tokenize(self, question: str) -> tuple[list[int], int]:
+        """Return the ids of a prompt, and the place of its image token. Raises InputError."""
         ids = self.tokenizer.encode(PROMPT.format(question=question)).ids
         places = [i for i, token in enumerate(ids) if token == self.config.image_token]
         if len(places) != 1:
             raise InputError(f"prompt holds {len(places)} <|image_pad|> tokens (id "
                              f"{self.config.image_token}), want 1: {question!r}")
-        start = places[0]
+        return ids, places[0]
+
+    def shape(self, size: tuple[int, int], question: str) -> tuple[int, int, tuple[int, int]]:
+        """Return the shape of a prompt about an image of that width and height: its rows, the first
+        visual one, and the grid of visual tokens. Raises InputError."""
+        ids, start = self.tokenize(question)
+        c = self.config
+        height, width = smart_resize(size[1], size[0], c.factor, c.min_pixels, c.max_pixels)
+        grid = height // c.factor, width // c.factor
+        return len(ids) - 1 + grid[0] * grid[1], start, grid
+
+    @torch.inference_mode()
+    def begin(self, image: Image.Image | tuple, question: str) -> Stream:
+        """Begin a prompt about one image, or what `preprocess` makes of it -> Stream at layer 0,
+        B = 1. Raises InputError."""
+        pixels, grid = image if isinstance(image, tuple) else self.preprocess(image)
+        embed = self.model.embed_tokens
+        device = embed.weight.device
+        features, saliency = self.visual(pixels[None].to(device, embed.weight.dtype), grid)
+        ids, start = self.tokenize(question)
         V = features.shape[1]                                                   # (1, V, C)
         ids = torch.tensor(ids[:start] + V * [ids[start]] + ids[start + 1:], device=device)
         x = embed(ids)                                                          # (T, C)
@@ -85,8 +98,8 @@ class Qwen(nn.Module):
         pos, next_pos = positions(start, grid, len(ids))                        # (3, T)
         return Stream(layer=0, x=x[None], pos=pos[:, None].to(device), next_pos=next_pos,
                       visual=(start, V), origin=torch.arange(V, device=device)[None], N=V,
-                      grid=grid, cache=[None] * self.num_layers, queries=None, ids=ids, embeds=x,
-                      saliency=functools.cache(lambda: saliency()[0]))
+                      grid=grid, cache=[None] * self.num_layers, queries=None, ids=ids[None],
+                      embeds=x[None], saliency=functools.cache(saliency))
 
     @torch.inference_mode()
     def run(self, stream: Stream, stop: int | None = None) -> Stream:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from support import checkpoint
 from support.image import by_token, normalize, on_white, patchify, smart_resize
-from tokprune import KV, InputError, Stream, decode
+from tokprune import KV, InputError, Stream, decode, in_turn
 
 # the chat template of the checkpoint for one user turn: no system turn, image first, no BOS; its
 # authors decode without a repetition penalty
@@ -71,21 +71,34 @@ class Qwen3(nn.Module):
                                      c.max_pixels)
         return on_white(image).resize((width, height), Image.BICUBIC)
 
-    @torch.inference_mode()
-    def begin(self, image: Image.Image | tuple, question: str) -> Stream:
-        """Begin a prompt about one image, or what `preprocess` makes of it -> Stream at layer 0,
-        B = 1."""
-        pixels, grid = image if isinstance(image, tuple) else self.preprocess(image)
-        embed = self.model.embed_tokens
-        device = embed.weight.device
-        pixels = pixels[None].to(device, embed.weight.dtype)
-        features, planes, saliency = self.visual(pixels, grid)
+    def tokenize(self, question: str) -> tuple[list[int], int]:
+        """Return the ids of a prompt, and the place of its image token. Raises InputError."""
         ids = self.tokenizer.encode(PROMPT.format(question=question)).ids
         places = [i for i, token in enumerate(ids) if token == self.config.image_token]
         if len(places) != 1:
             raise InputError(f"prompt holds {len(places)} <|image_pad|> tokens (id "
                              f"{self.config.image_token}), want 1: {question!r}")
-        start = places[0]
+        return ids, places[0]
+
+    def shape(self, size: tuple[int, int], question: str) -> tuple[int, int, tuple[int, int]]:
+        """Return the shape of a prompt about an image of that width and height: its rows, the first
+        visual one, and the grid of visual tokens. Raises InputError."""
+        ids, start = self.tokenize(question)
+        c = self.config
+        height, width = smart_resize(size[1], size[0], c.factor, c.min_pixels, c.max_pixels)
+        grid = height // c.factor, width // c.factor
+        return len(ids) - 1 + grid[0] * grid[1], start, grid
+
+    @torch.inference_mode()
+    def begin(self, image: Image.Image | tuple, question: str) -> Stream:
+        """Begin a prompt about one image, or what `preprocess` makes of it -> Stream at layer 0,
+        B = 1. Raises InputError."""
+        pixels, grid = image if isinstance(image, tuple) else self.preprocess(image)
+        embed = self.model.embed_tokens
+        device = embed.weight.device
+        pixels = pixels[None].to(device, embed.weight.dtype)
+        features, planes, saliency = self.visual(pixels, grid)
+        ids, start = self.tokenize(question)
         V = features.shape[1]                                                   # (1, V, C)
         ids = torch.tensor(ids[:start] + V * [ids[start]] + ids[start + 1:], device=device)
         x = embed(ids)                                                          # (T, C)
@@ -93,9 +106,8 @@ class Qwen3(nn.Module):
         pos, next_pos = positions(start, grid, len(ids))                        # (3, T)
         return Stream(layer=0, x=x[None], pos=pos[:, None].to(device), next_pos=next_pos,
                       visual=(start, V), origin=torch.arange(V, device=device)[None], N=V,
-                      grid=grid, cache=[None] * self.num_layers, queries=None, ids=ids, embeds=x,
-                      saliency=functools.cache(lambda: saliency()[0]),
-                      planes=tuple(plane[0] for plane in planes))
+                      grid=grid, cache=[None] * self.num_layers, queries=None, ids=ids[None],
+                      embeds=x[None], saliency=functools.cache(saliency), planes=tuple(planes))
 
     @torch.inference_mode()
     def run(self, stream: Stream, stop: int | None = None) -> Stream:
@@ -164,11 +176,13 @@ class Qwen3(nn.Module):
 
 
 def add_to_visual(x: Tensor, plane: Tensor, visual: tuple[int, int], origin: Tensor) -> Tensor:
-    """Return x (B, T, C) with the plane (N, C) added to its visual rows. Visual row i is token
-    origin[:, i] of the N, and gets that row of the plane."""
+    """Add a plane (P, N, C) to the visual rows of x (B, T, C). Visual row i is token origin[:, i]
+    of the N, and gets that row of the plane."""
     start, V = visual
+    B = len(x)
+    prompt = torch.arange(B, device=x.device)[:, None] * len(plane) // B
     x = x.clone()
-    x[:, start:start + V] += plane[origin]                                      # (B or 1, V, C)
+    x[:, start:start + V] += plane[prompt, in_turn(origin, B)]                  # (B, V, C)
     return x
 
 

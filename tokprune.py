@@ -18,6 +18,7 @@ and the model, an nn.Module,
     num_layers, config.text, tokenizer, eos (the ids that end an answer)
     preprocess(image)                       what `begin` takes in place of a PIL image
     canvas(image)                           the PIL image that the visual tokens tile
+    shape(size, question)                   -> (rows, first visual row, grid) of that prompt
     begin(image, question)                  -> Stream at layer 0, B = 1
     run(stream, stop=None)                  -> Stream at layer `stop` (None: past the last layer)
     append(stream, ids)                     -> Stream at layer 0 of the new tokens (B, n) only
@@ -27,8 +28,9 @@ and the model, an nn.Module,
     decode = decode                         this file's
 support/checkpoint.py names the file for its model_type; nothing else knows which models exist.
 
-    B variants of one prompt   T rows   V visual tokens alive   N of them at first   C width
-    H heads   G key/value heads   D head width   L layers
+    B variants of P prompts of equal shape, each prompt's variants in turn, so that nothing is
+    padded   T rows   V visual tokens alive   N of them at first   C width   H heads
+    G key/value heads   D head width   L layers
 """
 import re
 from dataclasses import dataclass, replace
@@ -47,8 +49,9 @@ class InputError(ValueError):
 
 @dataclass
 class Stream:
-    """The residual stream at the input of a layer, of B variants of one prompt, with everything
-    that the layers to come need.
+    """The residual stream at the input of a layer, of B variants of P prompts, with everything that
+    the layers to come need. Fewer than B of something are shared: by all variants, or by those of a
+    prompt.
 
     Visual rows are contiguous and keep their order. At first V = N; where the visual tokens tile
     the image, N = rows * cols of the grid, in raster order. A model that has other visual rows too
@@ -59,71 +62,51 @@ class Stream:
     pos: Tensor                     # (..., B or 1, T) positions, as the rotary embedding takes them
     next_pos: int                   # position of the first generated token, whatever was removed
     visual: tuple[int, int]         # first visual row, and V
-    origin: Tensor                  # (B or 1, V) index of each visual row among the N
+    origin: Tensor                  # (B, V) index of each visual row among the N
     N: int
     grid: tuple[int, int]           # rows and columns of visual tokens in the full image
     cache: list                     # per layer a KV or None
     queries: Tensor | None          # (B, H, T, D) of the layer before, if no row has left since
-    ids: Tensor                     # (T at first,) the whole prompt, the image token repeated
-    embeds: Tensor                  # (T at first, C) their input embeddings
-    saliency: Callable[[], Tensor]  # -> (N,) how much the vision tower attends to each visual token
-    planes: tuple = ()              # (N, C) each: added to the visual rows after layer 0, 1, ...
+    ids: Tensor                     # (P, T at first) the prompts, the image token repeated
+    embeds: Tensor                  # (P, T at first, C) their input embeddings
+    saliency: Callable[[], Tensor]  # -> (P, N) how much the vision tower attends to each token
+    planes: tuple = ()              # (P, N, C) each: added to the visual rows after layer 0, 1, ...
 
 
 @dataclass
 class KV:
-    """The cache of a layer: keys and values (B or 1, G, T, D). Variants may share one."""
+    """The cache of a layer: keys and values (B, P or 1, G, T, D). Variants may share one."""
     keys: Tensor
     values: Tensor
 
     def append(self, k: Tensor, v: Tensor) -> "KV":
-        """With new rows (B, G, n, D) behind these; copies all."""
+        """Return the cache with new rows (B, G, n, D) behind these; copies all."""
         B = len(k)
-        keys = torch.cat([self.keys.expand(B, -1, -1, -1), k], 2)
-        values = torch.cat([self.values.expand(B, -1, -1, -1), v], 2)
+        keys = torch.cat([in_turn(self.keys, B), k], 2)
+        values = torch.cat([in_turn(self.values, B), v], 2)
         return KV(keys, values)
 
 
-class RoomyKV(KV):
-    """A cache that lies in larger tensors: new rows are written behind the old ones, not copied.
-
-    So only one continuation of it can be run. `append` doubles the room when it is used up.
-    """
-
-    def __init__(self, keys_room: Tensor, values_room: Tensor, rows: int):
-        super().__init__(keys_room[:, :, :rows], values_room[:, :, :rows])
-        self.keys_room = keys_room
-        self.values_room = values_room
-        self.rows = rows
-
-    def append(self, k: Tensor, v: Tensor) -> "RoomyKV":
-        rows = self.rows + k.shape[2]
-        keys_room = self.keys_room
-        values_room = self.values_room
-        if rows > keys_room.shape[2]:
-            keys_room = copy_with_room(keys_room, len(k), rows)
-            values_room = copy_with_room(values_room, len(k), rows)
-        keys_room[:, :, self.rows:rows] = k
-        values_room[:, :, self.rows:rows] = v
-        return RoomyKV(keys_room, values_room, rows)
+def in_turn(t: Tensor, B: int, dim: int = 0) -> Tensor:
+    """Repeat each entry along `dim`, so that there are B: each one's copies in turn. One entry is
+    not copied."""
+    if t.shape[dim] == 1:
+        return t.expand(*t.shape[:dim], B, *t.shape[dim + 1:])
+    if t.shape[dim] == B:
+        return t
+    return t.repeat_interleave(B // t.shape[dim], dim)
 
 
-def with_room(stream: Stream, rows: int = 16) -> Stream:
-    """The stream, its cache copied to where there is room for so many rows more: for decoding."""
-    B = len(stream.x)
-    cache = []
-    for kv in stream.cache:
-        keys_room = copy_with_room(kv.keys, B, rows)
-        values_room = copy_with_room(kv.values, B, rows)
-        cache.append(RoomyKV(keys_room, values_room, kv.keys.shape[2]))
-    return replace(stream, cache=cache)
-
-
-def copy_with_room(t: Tensor, B: int, rows: int) -> Tensor:
-    """(B or 1, G, T, D) -> (B, G, T + rows, D), the last rows yet to be written."""
-    room = t.new_empty(B, t.shape[1], t.shape[2] + rows, t.shape[3])
-    room[:, :, :t.shape[2]] = t
-    return room
+def together(streams: list[Stream]) -> Stream:
+    """Return prompts of equal shape, at layer 0, as one stream."""
+    first = streams[0]
+    shapes = {(s.layer, s.x.shape, s.visual, s.grid, s.next_pos) for s in streams}
+    assert len(shapes) == 1 and first.layer == 0, f"prompts of several shapes: {shapes}"
+    return replace(
+        first, x=torch.cat([s.x for s in streams]), origin=torch.cat([s.origin for s in streams]),
+        ids=torch.cat([s.ids for s in streams]), embeds=torch.cat([s.embeds for s in streams]),
+        saliency=lambda: torch.cat([s.saliency() for s in streams]),
+        planes=tuple(torch.cat(planes) for planes in zip(*(s.planes for s in streams))))
 
 
 # ---- pruning -------------------------------------------------------------------------------------
@@ -132,14 +115,14 @@ def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 
           info: dict[str, Tensor] | None = None, positions: str = "keep") -> Stream:
     """Return the stream with only the n visual tokens that `method` chooses (all if it has fewer).
 
-    A list of methods, or of seeds, makes one variant of each. info: by the name of a method that
-    needs it, what was measured of the N visual tokens beforehand, (N,) or (N, t).
-    positions: see `keep`. Raises InputError.
+    A list of methods, or of seeds, makes one variant of each: those of the first prompt, then those
+    of the next. info: by the name of a method that needs it, what was measured of the N visual
+    tokens beforehand: for each prompt (N,) or (N, t). positions: see `keep`. Raises InputError.
     """
     B = len(stream.x)
     for given in (method, seed):
         if isinstance(given, list):
-            assert B in (1, len(given)), f"{len(given)} methods or seeds for {B} variants"
+            assert len(given) % B == 0, f"{len(given)} methods or seeds for {B} variants"
             B = len(given)
     methods = method if isinstance(method, list) else [method] * B
     seeds = seed if isinstance(seed, list) else [seed] * B
@@ -209,7 +192,7 @@ def keep(stream: Stream, idx: Tensor, positions: str = "keep") -> Stream:
     rows = torch.cat([before, start + idx, after], 1)                           # (B, T - V + n)
     x = stream.x.gather(1, rows[..., None].expand(-1, -1, C))
     axes = stream.pos.shape[:-2]                                                # M-RoPE has three
-    pos = stream.pos.gather(-1, rows.expand(*axes, -1, -1))
+    pos = in_turn(stream.pos, B, -2).gather(-1, rows.expand(*axes, -1, -1))
     next_pos = stream.next_pos
     if positions == "compact":
         if axes:
@@ -217,20 +200,19 @@ def keep(stream: Stream, idx: Tensor, positions: str = "keep") -> Stream:
                              "(M-RoPE), its place in the image, not a number; want keep")
         next_pos = x.shape[1]
         pos = torch.arange(next_pos, device=pos.device).expand(pos.shape)
-    origin = stream.origin.gather(1, idx)
+    origin = in_turn(stream.origin, B).gather(1, idx)
     return replace(stream, x=x, pos=pos, next_pos=next_pos, visual=(start, idx.shape[1]),
                    origin=origin, queries=None)
 
 
 def expand(stream: Stream, B: int) -> Stream:
-    """Return one variant as B equal ones. Nothing is copied, and they share the cache."""
-    x = stream.x.expand(B, -1, -1)
-    pos = stream.pos.expand(*stream.pos.shape[:-2], B, -1)
-    origin = stream.origin.expand(B, -1)
+    """Return the stream's variants as B, each one's copies in turn. They share the cache, and
+    copies of a single one share everything."""
     queries = stream.queries
     if queries is not None:
-        queries = queries.expand(B, -1, -1, -1)
-    return replace(stream, x=x, pos=pos, origin=origin, queries=queries)
+        queries = in_turn(queries, B)
+    return replace(stream, x=in_turn(stream.x, B), pos=in_turn(stream.pos, B, -2),
+                   origin=in_turn(stream.origin, B), queries=queries)
 
 
 def prefill(model, stream: Stream, schedule: list, seed: int | list = 0,
@@ -247,43 +229,6 @@ def prefill(model, stream: Stream, schedule: list, seed: int | list = 0,
         measured = info.get(layer) if info else None
         stream = prune(model, stream, method, n, seed, measured, positions)
     return model.run(stream)
-
-
-class Decoding(NamedTuple):
-    """How answers are decoded: what `decode` takes behind the stream."""
-    max_new_tokens: int = 16
-    repetition_penalty: float = 1.0
-
-
-@torch.inference_mode()
-def decode(model, stream: Stream, max_new_tokens: int = 16,
-           repetition_penalty: float = 1.0) -> list[str]:
-    """Return the greedy answers of the B variants of a stream past the last layer.
-
-    Stops when all have ended. repetition_penalty: logits of every token of prompt (image included)
-    or answer are divided by it, negative ones multiplied, as in transformers; 1 changes nothing.
-    """
-    stream = with_room(stream)
-    B = len(stream.x)
-    answers = [[] for _ in range(B)]
-    ended = [False] * B
-    seen = stream.ids.expand(B, -1)                             # (B, prompt and answers so far)
-    for step in range(max_new_tokens):
-        logits = model.logits(stream)
-        repeated = logits.gather(1, seen)
-        penalized = torch.where(repeated < 0, repeated * repetition_penalty,
-                                repeated / repetition_penalty)
-        logits.scatter_(1, seen, penalized)
-        ids = logits.argmax(-1)                                 # (B,), ties to the lowest id
-        for b, token in enumerate(ids.tolist()):
-            ended[b] = ended[b] or token in model.eos
-            if not ended[b]:
-                answers[b].append(token)
-        if all(ended) or step == max_new_tokens - 1:
-            break
-        seen = torch.cat([seen, ids[:, None]], 1)
-        stream = model.run(model.append(stream, ids[:, None]))
-    return [model.tokenizer.decode(answer).strip() for answer in answers]
 
 
 # ---- what a method sees --------------------------------------------------------------------------
@@ -316,32 +261,34 @@ class View:
         return self.x[start:start + V].float()
 
 
-def view_of(model, stream: Stream, b: int, seed: int, info: Tensor | None) -> View:
-    """Return variant b of the stream, as a method sees it. info: (N,) or (N, t), or None."""
+def view_of(model, stream: Stream, b: int, seed: int, info: list[Tensor] | None = None) -> View:
+    """Return variant b of the stream, as a method sees it. info: (N,) or (N, t) of each prompt."""
+    B = len(stream.x)
+    prompt = b * len(stream.ids) // B
     origin = stream.origin[b]
     seed = seed + 1_000_003 * stream.layer          # each stage of a schedule draws on its own
-    view = View(layer=stream.layer, visual=stream.visual, x=stream.x[b], embeds=stream.embeds,
-                embeds_visual=(stream.visual[0], stream.N), grid=stream.grid, origin=origin,
-                rng=torch.Generator().manual_seed(seed))
+    view = View(layer=stream.layer, visual=stream.visual, x=stream.x[b],
+                embeds=stream.embeds[prompt], embeds_visual=(stream.visual[0], stream.N),
+                grid=stream.grid, origin=origin, rng=torch.Generator().manual_seed(seed))
     view.normed = lambda: model.final_norm(stream.x[b])
-    view.saliency = lambda: saliency_of(stream)[origin]
+    view.saliency = lambda: saliency_of(stream)[prompt, origin]
     if info is not None:
-        view.info = info.to(origin.device)[origin]
+        view.info = info[prompt].to(origin.device)[origin]
     if stream.queries is not None:
-        B = len(stream.x)
         q = stream.queries[b]                                               # (H, T, D)
-        k = stream.cache[stream.layer - 1].keys.expand(B, -1, -1, -1)[b]    # (G, T, D)
+        keys = stream.cache[stream.layer - 1].keys
+        k = keys[b * len(keys) // B]                                        # (G, T, D)
         view.keys = k.transpose(0, 1).flatten(1)
         view.attention = lambda rows: attention(q, k, rows)
     return view
 
 
 def saliency_of(stream: Stream) -> Tensor:
-    """Return the vision tower's saliency (N,). Raises InputError where it scores fewer tokens."""
+    """Return the vision tower's saliency (P, N). Raises InputError where it scores fewer tokens."""
     saliency = stream.saliency()
-    if len(saliency) != stream.N:
-        raise InputError(f"the vision tower scores {len(saliency)} visual tokens but the model has "
-                         f"{stream.N}, so methods that use saliency cannot run")
+    if saliency.shape[1] != stream.N:
+        raise InputError(f"the vision tower scores {saliency.shape[1]} visual tokens but the model "
+                         f"has {stream.N}, so methods that use saliency cannot run")
     return saliency
 
 
@@ -673,3 +620,84 @@ def flops(config, rows: list[int], past: int = 0) -> int:
         mlp = 6 * n * d * m
         total += projections + attended + mlp
     return total
+
+
+# ---- greedy decoding ---------------------------------------------------------------------------
+
+class Decoding(NamedTuple):
+    """How answers are decoded: what `decode` takes behind the stream."""
+    max_new_tokens: int = 16
+    repetition_penalty: float = 1.0
+
+
+@torch.inference_mode()
+def decode(model, stream: Stream, max_new_tokens: int = 16,
+           repetition_penalty: float = 1.0) -> list[str]:
+    """Return the greedy answers of the B variants of a stream past the last layer.
+
+    Stops when all have ended. repetition_penalty: logits of every token of prompt (image included)
+    or answer are divided by it, negative ones multiplied, as in transformers; 1 changes nothing.
+    """
+    stream = with_room(stream)
+    B = len(stream.x)
+    answers = [[] for _ in range(B)]
+    ended = [False] * B
+    seen = in_turn(stream.ids, B)                               # (B, prompt and answers so far)
+    for step in range(max_new_tokens):
+        logits = model.logits(stream)
+        repeated = logits.gather(1, seen)
+        penalized = torch.where(repeated < 0, repeated * repetition_penalty,
+                                repeated / repetition_penalty)
+        logits.scatter_(1, seen, penalized)
+        ids = logits.argmax(-1)                                 # (B,), ties to the lowest id
+        for b, token in enumerate(ids.tolist()):
+            ended[b] = ended[b] or token in model.eos
+            if not ended[b]:
+                answers[b].append(token)
+        if all(ended) or step == max_new_tokens - 1:
+            break
+        seen = torch.cat([seen, ids[:, None]], 1)
+        stream = model.run(model.append(stream, ids[:, None]))
+    return [model.tokenizer.decode(answer).strip() for answer in answers]
+
+
+class RoomyKV(KV):
+    """A cache that lies in larger tensors: new rows are written behind the old ones, not copied.
+
+    So only one continuation of it can be run. `append` doubles the room when it is used up.
+    """
+
+    def __init__(self, keys_room: Tensor, values_room: Tensor, rows: int):
+        super().__init__(keys_room[:, :, :rows], values_room[:, :, :rows])
+        self.keys_room = keys_room
+        self.values_room = values_room
+        self.rows = rows
+
+    def append(self, k: Tensor, v: Tensor) -> "RoomyKV":
+        rows = self.rows + k.shape[2]
+        keys_room = self.keys_room
+        values_room = self.values_room
+        if rows > keys_room.shape[2]:
+            keys_room = copy_with_room(keys_room, len(k), rows)
+            values_room = copy_with_room(values_room, len(k), rows)
+        keys_room[:, :, self.rows:rows] = k
+        values_room[:, :, self.rows:rows] = v
+        return RoomyKV(keys_room, values_room, rows)
+
+
+def with_room(stream: Stream, rows: int = 16) -> Stream:
+    """The stream, its cache copied to where there is room for so many rows more: for decoding."""
+    B = len(stream.x)
+    cache = []
+    for kv in stream.cache:
+        keys_room = copy_with_room(kv.keys, B, rows)
+        values_room = copy_with_room(kv.values, B, rows)
+        cache.append(RoomyKV(keys_room, values_room, kv.keys.shape[2]))
+    return replace(stream, cache=cache)
+
+
+def copy_with_room(t: Tensor, B: int, rows: int) -> Tensor:
+    """Copy (B, P or 1, G, T, D) into (B, G, T + rows, D), the last rows yet to be written."""
+    room = t.new_empty(B, t.shape[1], t.shape[2] + rows, t.shape[3])
+    room[:, :, :t.shape[2]] = in_turn(t, B)
+    return room

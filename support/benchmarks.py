@@ -66,6 +66,10 @@ class Question:
         written = [answer for answer in self.answers if self.points(answer) == best]
         return Counter(written).most_common(1)[0][0]
 
+    def gold_for(self, target: str) -> str:
+        """Return the gold answer whose information is measured: for "first", or for all of it."""
+        return self.gold_normalised if target == "first" else self.gold_written
+
     def points(self, answer: str) -> float:
         return score(answer, self)[1]
 

@@ -90,3 +90,14 @@ def read_image(file: Path) -> Image.Image:
     except Exception as e:          # Pillow raises OSError, ValueError, SyntaxError and its own
         raise InputError(f"{file}: cannot be read as an image ({e})")
     return image
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """Return width and height, from the header. Raises InputError."""
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except FileNotFoundError:
+        raise InputError(f"{file}: not found; want an image")
+    except Exception as e:
+        raise InputError(f"{file}: cannot be read as an image ({e})")

@@ -101,6 +101,9 @@ def add_data_flags(p: Parser):
                        help="llava: TextVQA's questions show OCR tokens (default: they do not)")
     group.add_argument("--limit", type=whole(1), metavar="N",
                        help="ask about N questions a benchmark, whole images (default: all)")
+    group.add_argument("--batch", type=whole(1), default=16, metavar="N",
+                       help="most questions answered together (default: 16); decides no answer in "
+                            "float32")
     group.add_argument("--seed", type=whole(0), default=0, metavar="N",
                        help="draws the questions of --limit and the tokens of random (default: 0)")
     return group
@@ -125,6 +128,14 @@ def add_output_flags(p: Parser):
 
 def decoding(args) -> Decoding:
     return Decoding(args.max_new_tokens, args.repetition_penalty)
+
+
+def at_once(args, variants: int):
+    """Return a function of a prompt's rows: how many prompts are answered together, where each has
+    so many variants at once."""
+    def prompts(rows: int) -> int:
+        return max(1, min(args.batch, args.max_batch_tokens // (rows * variants)))
+    return prompts
 
 
 def parse_layers(text: str, num_layers: int) -> list[int]:

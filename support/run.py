@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from support import checkpoint
-from support.files import read_image, read_json, read_text, write_text
+from support.files import image_size, read_image, read_json, read_text, write_text
 from support.timing import device_name
 from tokprune import InputError
 
@@ -46,8 +46,8 @@ DIED = f"another process of this run has ended; {RESUMES}, with as many processe
 # ---- the folder of a run -------------------------------------------------------------------------
 
 # flags that decide no answer, and those that a hash of what they name stands for
-NOT_SETTINGS = {"command", "out", "json", "plot", "device", "dtype", "max_batch_tokens", "model",
-                "data"}
+NOT_SETTINGS = {"command", "out", "json", "plot", "device", "dtype", "batch", "max_batch_tokens",
+                "model", "data"}
 ENGINE = ["tokprune.py", "information.py", "support/benchmarks.py", "support/image.py"]
 
 
@@ -169,29 +169,32 @@ def write_result(out: Path, result: dict, as_json: bool):
 
 # ---- records -------------------------------------------------------------------------------------
 
-def collect(out: Path, benchmark: str, questions: list, model, work) -> list[dict]:
+def collect(out: Path, benchmark: str, questions: list, model, work, at_once) -> list[dict]:
     """Return the record of every question, in their order.
 
-    work(question, image) returns a record: a dict whose "scores" has "unpruned". Images are read
-    ahead. Of the questions that no process has a record of, this one works on every WORLD-th.
-    Raises InputError at the end if memory ran out on some; all others have their records by then.
+    work(questions, images) returns their records: dicts whose "scores" has "unpruned". at_once(rows)
+    is how many prompts of so many rows it takes; they have equal shapes. Of the questions that no
+    process has a record of, this one works on every WORLD-th. Raises InputError at the end if
+    memory ran out on some; all others have their records by then.
     """
+    shapes = {question.id: shape_of(model, question) for question in questions}
     records = read_records(out, benchmark)
     known = gather(set(records))                        # a set of ids a process
-    open_questions = [question for question in questions
-                      if not any(question.id in ids for ids in known)]
-    mine = open_questions[RANK::WORLD]
+    missing = [question for question in questions
+               if not any(question.id in ids for ids in known)]
+    mine = missing[RANK::WORLD]
     file = out / ("answers.jsonl" if WORLD == 1 else f"answers.rank{RANK}.jsonl")
     began = time.time()
+    done = 0
     total = 0.0
-    for number, (question, image) in enumerate(read_ahead(model, mine), 1):
-        record = attempt(work, question, image)
-        if record is not None:
+    for batch, images in read_ahead(model, batches_of_equal_shape(mine, shapes, at_once)):
+        for question, record in attempt(work, batch, images):
             record = {"benchmark": benchmark, "id": question.id, **record}
             append(file, record)
             records[question.id] = record
             total += record["scores"]["unpruned"]
-        progress(benchmark, number, len(mine), began, f"unpruned {100 * total / number:.1f}")
+        done += len(batch)
+        progress(benchmark, done, len(mine), began, f"unpruned {100 * total / done:.1f}")
     known_before = set().union(*known[:RANK])           # another process passes these on
     passed_on = {id: record for id, record in records.items() if id not in known_before}
     records = {}
@@ -206,6 +209,26 @@ def collect(out: Path, benchmark: str, questions: list, model, work) -> list[dic
                          f"--max-pixels, a smaller --max-batch-tokens or another --device; "
                          f"{RESUMES} with these")
     return [records[question.id] for question in questions]
+
+
+def shape_of(model, question) -> tuple:
+    """Return the shape of a question's prompt, from the header of its image. Raises InputError."""
+    try:
+        return model.shape(image_size(question.image), question.prompt)
+    except InputError as e:
+        raise InputError(f"{question.source}: question {question.id} ({question.image}): {e}")
+
+
+def batches_of_equal_shape(questions: list, shapes: dict[str, tuple], at_once) -> list[list]:
+    """Divide questions into batches that need no padding, in the order of their shapes."""
+    by_shape = {}
+    for question in questions:
+        by_shape.setdefault(shapes[question.id], []).append(question)
+    batches = []
+    for (rows, *_), alike in by_shape.items():
+        size = at_once(rows)
+        batches += [alike[i:i + size] for i in range(0, len(alike), size)]
+    return batches
 
 
 def read_records(out: Path, benchmark: str) -> dict[str, dict]:
@@ -262,16 +285,16 @@ def append(file: Path, record: dict):
 READERS = 4                             # threads that read images ahead of the model
 
 
-def read_ahead(model, questions: list):
-    """Yield each question and a function that returns its image, preprocessed."""
-    def prepare(question):
-        return model.preprocess(read_image(question.image))
+def read_ahead(model, batches: list[list]):
+    """Yield each batch of questions and a function that returns its images, preprocessed."""
+    def prepare(batch):
+        return [model.preprocess(read_image(question.image)) for question in batch]
     pool = ThreadPoolExecutor(READERS)
     waiting = deque()
     try:
-        for question in questions:
-            waiting.append((question, pool.submit(prepare, question)))
-            if len(waiting) > 2 * READERS:
+        for batch in batches:
+            waiting.append((batch, pool.submit(prepare, batch)))
+            if len(waiting) > READERS:
                 ready, future = waiting.popleft()
                 yield ready, future.result
         for ready, future in waiting:
@@ -280,18 +303,24 @@ def read_ahead(model, questions: list):
         pool.shutdown(cancel_futures=True)
 
 
-def attempt(work, question, image) -> dict | None:
-    """Return the record of a question; None where memory runs out, which is printed."""
+def attempt(work, batch: list, images) -> list[tuple]:
+    """Return (question, record) of a batch. Where memory runs out, each half is tried on its own;
+    a single question is then left out, which is printed."""
     try:
-        return work(question, image())
+        images = images() if callable(images) else images
+        return list(zip(batch, work(batch, images)))
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
-    print(f"\n{Path(sys.argv[0]).name}: question {question.id} ({question.image}): out of memory",
-          file=sys.stderr)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return None
+    if len(batch) > 1:
+        half = len(batch) // 2
+        return (attempt(work, batch[:half], images[:half])
+                + attempt(work, batch[half:], images[half:]))
+    print(f"\n{Path(sys.argv[0]).name}: question {batch[0].id} ({batch[0].image}): out of memory",
+          file=sys.stderr)
+    return []
 
 
 def is_out_of_memory(error: Exception) -> bool:

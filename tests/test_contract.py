@@ -13,7 +13,7 @@ from samples import QUESTIONS, images
 import information
 import model_llava
 import tokprune
-from tokprune import KV, METHODS, InputError, keep, prune, view_of
+from tokprune import KV, METHODS, InputError, keep, prefill, prune, together, view_of
 
 
 @pytest.fixture(scope="module", params=MODULES)
@@ -62,10 +62,10 @@ def test_begin_is_layer_0_of_one_prompt_whose_visual_rows_tile_the_image(model, 
     assert 0 < start_row and start_row + V < T
     assert start.pos.shape[-2:] == (1, T)
     assert start.next_pos == start.pos.max() + 1
-    assert start.ids.shape == (T,) and start.embeds.equal(start.x[0])
+    assert start.ids.shape == (1, T) and start.embeds.equal(start.x)
     assert start.cache == [None] * model.num_layers and start.queries is None
     saliency = start.saliency()
-    assert saliency.shape == (V,) and saliency.dtype == torch.float32 and (saliency > 0).all()
+    assert saliency.shape == (1, V) and saliency.dtype == torch.float32 and (saliency > 0).all()
 
 
 def test_saliency_is_worked_out_once_a_question(model):
@@ -226,6 +226,39 @@ def test_answer_ids_are_the_answer_and_nothing_of_nothing(model):
     assert model.answer_ids("") == []
 
 
+# ---- several prompts -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("image", ["wide", "tall", "square"])
+def test_shape_is_known_from_the_size_of_an_image(model, image):
+    stream = model.begin(images()[image], QUESTIONS[0])
+    rows, first, grid = model.shape(images()[image].size, QUESTIONS[0])
+    assert (rows, first, grid) == (stream.x.shape[1], stream.visual[0], stream.grid)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_prompts_together_are_pruned_and_answered_as_each_alone(model, layer):
+    """Each prompt's variants in turn: a method of the wrong prompt would read its embeddings,
+    saliency, planes, keys or information."""
+    picture = images()["wide"]
+    pictures = [picture, picture.transpose(Image.Transpose.ROTATE_180)]
+    streams = [model.begin(one, QUESTIONS[0]) for one in pictures]
+    names = [name for name, method in METHODS.items()
+             if not method.keeps_none and (layer or not method.needs_layer)]
+    info = information.measure_beforehand(model, streams, {name: {layer} for name in names},
+                                          lambda method: ["Yes", "No, a dog"])
+    schedule = [(layer, names * 2, 3)]
+    both_stream = prefill(model, together(streams), schedule, list(range(2 * len(names))), info)
+    answers = model.decode(both_stream, 4)
+    for i, stream in enumerate(streams):
+        own = {layer: {name: values[i:i + 1] for name, values in info[layer].items()}}
+        part = slice(i * len(names), (i + 1) * len(names))
+        seeds = list(range(part.start, part.stop))
+        alone = prefill(model, stream, [(layer, names, 3)], seeds, own)
+        assert both_stream.origin[part].equal(alone.origin)
+        torch.testing.assert_close(both_stream.x[part], alone.x, rtol=0, atol=1e-4)
+        assert answers[part] == model.decode(alone, 4)
+
+
 # ---- a fork: visual rows that do not tile the image ----------------------------------------------
 
 class WithNewlines(model_llava.Llava):
@@ -242,9 +275,11 @@ class WithNewlines(model_llava.Llava):
         visual = torch.cat([tiles, ending], 1).flatten(0, 1)                    # (N, C)
         x = torch.cat([stream.x[0, :first], visual, stream.x[0, first + V:]])
         T = len(x)
-        ids = torch.cat([stream.ids[:first], torch.full((N,), newline), stream.ids[first + V:]])
+        before, after = stream.ids[0, :first], stream.ids[0, first + V:]
+        ids = torch.cat([before, torch.full((N,), newline), after])
         return replace(stream, x=x[None], pos=torch.arange(T)[None], next_pos=T,
-                       visual=(first, N), origin=torch.arange(N)[None], N=N, ids=ids, embeds=x)
+                       visual=(first, N), origin=torch.arange(N)[None], N=N, ids=ids[None],
+                       embeds=x[None])
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +300,7 @@ def pruned_fork(fork, start, method, n):
     info = None
     if METHODS[method].measure:
         measure = information.MEASURES[METHODS[method].measure].function
-        info = {method: measure(fork, start, "Yes", [1])[1]}
+        info = {method: [measure(fork, start, "Yes", [1])[1]]}
     return stream, prune(fork, stream, method, n, info=info)
 
 

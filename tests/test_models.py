@@ -73,7 +73,7 @@ def test_a_penalty_lowers_a_repeated_token_whatever_the_sign_of_its_logit(
     """The recorded answers all have positive logits."""
     model = load(name)
     full = model.run(begin(model, recording(name)[0][0]))
-    in_prompt = set(full.ids.tolist())
+    in_prompt = set(full.ids[0].tolist())
     words = [i for i in range(200) if model.tokenizer.decode([i]).strip()]
     said = next(i for i in words if i in in_prompt)
     unsaid = next(i for i in words if i not in in_prompt)
@@ -122,7 +122,7 @@ def test_prompt_becomes_the_recorded_ids_with_the_image_in_place(golden):
         ids = want[case["name"] + ".ids"]
         stream = begin(model, case)
         start, V = stream.visual
-        assert stream.ids.equal(ids)
+        assert stream.ids[0].equal(ids)
         places = (ids == model.config.image_token).nonzero()[:, 0].tolist()
         assert places == list(range(start, start + V))
         text = torch.cat([ids[:start], ids[start + V:]])

@@ -64,8 +64,8 @@ def test_tower_planes_saliency_and_positions_equal_transformers(name, dtype, tol
     for case in cases:
         stream = begin(model, case)
         first, V = stream.visual
-        outputs = {"features": stream.x[0, first:first + V], "planes": torch.stack(stream.planes),
-                   "saliency": stream.saliency()}
+        outputs = {"features": stream.x[0, first:first + V], "planes": torch.cat(stream.planes),
+                   "saliency": stream.saliency()[0]}
         for key, got in outputs.items():
             recorded = want[f"{case['name']}.{key}"].to(got.dtype)
             torch.testing.assert_close(got, recorded, rtol=0, atol=tolerance)
@@ -98,7 +98,7 @@ def test_a_plane_is_added_after_its_layer_to_the_rows_of_its_own_tokens_alone(mo
     got = model.run(pruned, stop=layer + 1).x
     without = model.run(replace(pruned, planes=()), stop=layer + 1).x
     first, n = pruned.visual
-    want = without[:, first:first + n] + start.planes[layer][kept]
+    want = without[:, first:first + n] + start.planes[layer][0, kept]
     assert got[:, first:first + n].equal(want)
     assert got[:, :first].equal(without[:, :first])
     assert got[:, first + n:].equal(without[:, first + n:])
@@ -111,7 +111,7 @@ def test_tokens_kept_in_two_stages_get_the_planes_they_had_at_first(model, start
     first = stream.visual[0]
     got = model.run(stream, stop=3).x[0, first:first + 2]
     without = model.run(replace(stream, planes=()), stop=3).x[0, first:first + 2]
-    assert got.equal(without + start.planes[2][[5, 13]])
+    assert got.equal(without + start.planes[2][0, [5, 13]])
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
