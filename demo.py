@@ -8,7 +8,7 @@ from pathlib import Path
 from information import answers_without_image, measure_beforehand
 from support import flags, report
 from support.files import read_image
-from support.pictures import is_right, overlay
+from support.pictures import overlay
 from support.run import ROOT, open_folder, settings_of, start, write_result
 from tokprune import (METHODS, Decoding, InputError, Stream, check_method, decode, number_kept,
                       prefill)
@@ -44,7 +44,8 @@ def main(argv: list[str]):
     rows, cols = stream.grid
     if stream.N == rows * cols:
         picture = out / "overlay.svg"
-        overlay(model.canvas(image), panels, stream.grid, picture, args.question, args.answer)
+        right = [is_right(answer, args.answer) for _, answer, _ in panels] if args.answer else None
+        overlay(model.canvas(image), panels, stream.grid, picture, args.question, right)
         print(f"picture: {picture}")
     else:
         print(f"no picture: the {stream.N} visual tokens of this model do not tile the image, "
@@ -90,6 +91,10 @@ def sentence(panels: list[tuple], gold: str | None) -> str:
         gives = "gives it too" if is_right(without, wanted) else f"gives {without!r}"
         text += f"; dropping all {gives}"
     return text
+
+
+def is_right(answer: str, gold: str) -> bool:
+    return answer.strip().lower() == gold.strip().lower()
 
 
 def horizon_of_question(model, stream: Stream, decoding: Decoding = Decoding()) -> int:

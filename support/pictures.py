@@ -1,121 +1,134 @@
-"""What the programs find, drawn with Pillow: scores by layer; information by layer, and where it
-lies in an image; the tokens that methods keep.
+"""What the programs find, as SVG written as text: scores by layer; information by layer, and where
+it lies in an image; the tokens that methods keep.
 
-Lengths are pixels of the finished picture. It is drawn SCALE times as large and then reduced, so
-that lines are smooth.
+A picture stands alone: it has a white page of its own, its images are embedded, and it asks for no
+script, link or font. Lengths are pixels; letters can be read at half the size.
 """
+import base64
+import html
+import io
 import itertools
 import math
+import re
+import unicodedata
+from bisect import bisect
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from tokprune import METHODS, InputError
 
-SCALE = 3
 INK = "#222222"
 GREY = "#6e6e6e"
 PALE = "#e4e4e4"
-TITLE = 25                              # sizes of letters: to be read in a picture of half the size
+TITLE = 25                              # sizes of letters
 TEXT = 21
 
 
 class Sheet:
-    """A white page to draw on."""
+    """A white page, and what is drawn on it so far."""
 
     def __init__(self, width: float, height: float):
-        size = (round(width * SCALE), round(height * SCALE))
-        self.image = Image.new("RGB", size, "white")
-        self.draw = ImageDraw.Draw(self.image)
+        self.size = {"width": round(width), "height": round(height)}
+        self.elements = []
+        self.add("rect", **self.size, fill="white")
 
-    def text(self, x: float, y: float, text: str, size: int = TEXT, anchor: str = "mm", ink=INK):
-        font = ImageFont.load_default(size * SCALE)
-        self.draw.text((x * SCALE, y * SCALE), text, ink, font, anchor=anchor)
+    def add(self, name: str, content: str = "", **attributes):
+        self.elements.append(element(name, content, **attributes))
 
-    def line(self, points: list, ink, width: float, pattern: tuple = ()):
-        """pattern: lengths drawn and left out in turn; solid if empty."""
-        for dash in dashes(points, pattern):
-            enlarged = [(x * SCALE, y * SCALE) for x, y in dash]
-            self.draw.line(enlarged, ink, round(width * SCALE), joint="curve")
+    def text(self, x: float, y: float, text: str, size: int = TEXT, anchor: str = "middle",
+             ink: str = INK, room: float = math.inf):
+        """Write one line, its middle at height y. Text that is wider than `room` is cut."""
+        self.add("text", escaped(shortened(text, room, size)), x=x, y=y + 0.35 * size,
+                 font_size=size, text_anchor=anchor, fill=ink)
 
-    def area(self, points: list, ink):
-        self.draw.polygon([(x * SCALE, y * SCALE) for x, y in points], ink)
+    def line(self, points: list, ink: str, width: float, pattern: tuple = ()):
+        """Draw a line. pattern: lengths drawn and left out in turn; solid if empty."""
+        self.add("polyline", points=joined(points), fill="none", stroke=ink, stroke_width=width,
+                 stroke_linejoin="round", stroke_dasharray=" ".join(map(str, pattern)) or None)
 
-    def paste(self, image: Image.Image, x: float, y: float):
-        self.image.paste(image, (round(x * SCALE), round(y * SCALE)))
+    def area(self, points: list, ink: str, opacity: float | None = None):
+        self.add("polygon", points=joined(points), fill=ink, fill_opacity=opacity)
 
-    def marker(self, x: float, y: float, shape: int, ink):
-        """Disc, square, diamond, triangles: with a white rim, to be seen on other lines."""
-        for radius, color in ((6.5, "white"), (5, ink)):
-            if shape % 5 == 0:
-                box = [(x - radius) * SCALE, (y - radius) * SCALE,
-                       (x + radius) * SCALE, (y + radius) * SCALE]
-                self.draw.ellipse(box, color)
-            else:
-                corners = CORNERS[shape % 5]
-                self.area([(x + radius * dx, y + radius * dy) for dx, dy in corners], color)
+    def marker(self, x: float, y: float, shape: int, ink: str):
+        """Draw a disc, square, diamond or triangle with a white rim, to be seen on other lines."""
+        self.add("path", d=SHAPES[shape % len(SHAPES)], transform=f"translate({x:.2f} {y:.2f})",
+                 fill=ink, stroke="white", stroke_width=1.5)
+
+    def embed(self, name: str, image: Image.Image, width: float, height: float):
+        """Store an image once, for elements `use` to show it at any place."""
+        image = image.copy()
+        image.thumbnail((math.ceil(2 * width), math.ceil(2 * height)))      # sharp on any screen
+        data = io.BytesIO()
+        image.save(data, "JPEG", quality=95, subsampling=0)
+        code = base64.b64encode(data.getvalue()).decode()
+        self.add("defs", element("image", id=name, width=width, height=height,
+                                 preserveAspectRatio="none", href="data:image/jpeg;base64," + code))
 
     def save(self, path: Path):
-        """With 256 colors: a third of the bytes. Raises InputError."""
-        size = (self.image.width // SCALE, self.image.height // SCALE)
-        picture = self.image.resize(size, Image.LANCZOS)
-        picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
+        """Write the file. Raises InputError."""
+        content = "\n".join(["", *self.elements, ""])
+        text = element("svg", content, xmlns="http://www.w3.org/2000/svg", **self.size,
+                       viewBox=f"0 0 {self.size['width']} {self.size['height']}",
+                       font_family="Helvetica Neue, Helvetica, Arial, sans-serif")
         try:
-            picture.save(path, optimize=True)
-        except (OSError, ValueError) as e:              # no such folder; no such format
-            raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', '') or e})")
+            path.write_text(text + "\n", encoding="utf-8")
+        except OSError as e:
+            raise InputError(f"{path}: cannot be written ({e.strerror})")
 
 
-CORNERS = {1: [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
-           2: [(0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)],
-           3: [(0, -1.2), (1.2, 0.9), (-1.2, 0.9)],
-           4: [(0, 1.2), (1.2, -0.9), (-1.2, -0.9)]}
+SHAPES = ["M-5.8 0a5.8 5.8 0 1 0 11.6 0a5.8 5.8 0 1 0 -11.6 0z", "M-5.2 -5.2h10.4v10.4h-10.4z",
+          "M0 -7.2l7.2 7.2l-7.2 7.2l-7.2 -7.2z", "M0 -6.9l6.9 12.1h-13.8z",
+          "M0 6.9l6.9 -12.1h-13.8z"]
 
 
-def dashes(points: list, pattern: tuple) -> list[list]:
-    """A line cut into dashes, which run on around its corners."""
-    if not pattern:
-        return [points]
-    lengths = itertools.cycle(pattern)
-    rest = next(lengths)
-    drawn = True
-    dash = [points[0]]
-    found = []
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        length = math.dist((x0, y0), (x1, y1))
-        done = 0.0
-        while length - done > rest:
-            done += rest
-            spot = (x0 + (x1 - x0) * done / length, y0 + (y1 - y0) * done / length)
-            if drawn:
-                found.append(dash + [spot])
-            dash = [spot]
-            drawn = not drawn
-            rest = next(lengths)
-        rest -= length - done
-        dash.append((x1, y1))
-    if drawn:
-        found.append(dash)
-    return found
+def element(name: str, content: str = "", **attributes) -> str:
+    """Return an element as text. Numbers are rounded, and None is left out."""
+    words = [name]
+    for key, value in attributes.items():
+        if isinstance(value, float):
+            value = f"{value:.2f}".rstrip("0").rstrip(".")
+        if value is not None:
+            words.append(f'{key.replace("_", "-")}="{value}"')
+    return f"<{' '.join(words)}>{content}</{name}>" if content else f"<{' '.join(words)}/>"
 
 
-def shortened(text: str, width: float, size: int) -> str:
-    """On one line, cut where it is longer than width."""
-    font = ImageFont.load_default(size)
+def joined(points: list) -> str:
+    return " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
+
+
+def escaped(text: str) -> str:
+    """Return text as XML can hold it: no character is markup, and none is forbidden."""
+    return html.escape(re.sub("[^ -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text))
+
+
+def width_of(text: str, size: int) -> list[float]:
+    """Return the width of text up to each of its characters, for a font that runs wide."""
+    widths = []
+    for letter in text:
+        if unicodedata.combining(letter):
+            width = 0.0
+        elif unicodedata.east_asian_width(letter) in "WF":
+            width = 1.0
+        elif letter in " .,:;!|'()[]fijlrtI":
+            width = 0.36
+        else:
+            width = 0.8 if letter.isupper() or letter in "mw%@" else 0.6
+        widths.append(width * size)
+    return list(itertools.accumulate(widths, initial=0.0))
+
+
+def shortened(text: str, room: float, size: int) -> str:
+    """Return text on one line, cut where it is wider than `room`."""
     text = " ".join(text.split())
-    if font.getlength(text) <= width:
+    widths = width_of(text, size)
+    if widths[-1] <= room:
         return text
-    while text and font.getlength(text + " ...") > width:
-        text = text[:-1]
-    return text.rstrip() + " ..."
-
-
-def lighter(color: str) -> tuple:
-    """For a band behind a line of this color."""
-    rgb = [int(color[i:i + 2], 16) for i in (1, 3, 5)]
-    return tuple(round(255 - 0.3 * (255 - value)) for value in rgb)
+    fits = bisect(widths, room - width_of(" ...", size)[-1]) - 1
+    return text[:max(0, fits)].rstrip() + " ..."
 
 
 # ---- axes ----------------------------------------------------------------------------------------
@@ -127,13 +140,13 @@ class Axes:
         self.sheet = sheet
         self.x0, self.y0, self.x1, self.y1 = box
         self.layers = layers
+        self.first = layers[0] - 0.5
+        self.last = layers[-1] + 0.5
         self.low = low
         self.high = high
 
     def x(self, layer: float) -> float:
-        first = self.layers[0] - 0.5
-        last = self.layers[-1] + 0.5
-        return self.x0 + (layer - first) / (last - first) * (self.x1 - self.x0)
+        return self.x0 + (layer - self.first) / (self.last - self.first) * (self.x1 - self.x0)
 
     def y(self, value: float) -> float:
         return self.y1 - (value - self.low) / (self.high - self.low) * (self.y1 - self.y0)
@@ -142,41 +155,38 @@ class Axes:
         return [(self.x(layer), self.y(value)) for layer, value in zip(layers, values)]
 
     def grid(self, name: str, layers_name: str = ""):
-        """Lines at round values, the one at 0 strongest; the layers; the names of both."""
+        """Draw lines at round values, the one at 0 strongest; the layers; the names of both."""
         step = round_step((self.high - self.low) / 6)
         digits = max(0, -math.floor(math.log10(step)))
         for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1):
             y = self.y(i * step)
             self.sheet.line([(self.x0, y), (self.x1, y)], PALE if i else GREY, 1)
-            self.sheet.text(self.x0 - 9, y, f"{i * step:.{digits}f}", anchor="rm")
-        room = (self.x1 - self.x0) / (self.layers[-1] - self.layers[0] + 1)
+            self.sheet.text(self.x0 - 9, y, f"{i * step:.{digits}f}", anchor="end")
+        room = (self.x1 - self.x0) / (self.last - self.first)
         every = max(1, math.ceil(40 / room))
         for layer in self.layers:
             if layer % every == 0 or len(self.layers) < 8:
                 self.sheet.text(self.x(layer), self.y1 + 18, str(layer))
-        self.sheet.text(self.x0 - 62, self.y0 - 22, name, anchor="lm")
+        self.sheet.text(self.x0 - 62, self.y0 - 22, name, anchor="start")
         self.sheet.text((self.x0 + self.x1) / 2, self.y1 + 48, layers_name)
 
-    def band(self, layers: list[int], low, high, ink):
-        if len(layers) > 1:
-            self.sheet.area(self.points(layers, high) + self.points(layers, low)[::-1], ink)
+    def band(self, layers: list[int], low, high, ink: str):
+        self.sheet.area(self.points(layers, high) + self.points(layers, low)[::-1], ink, 0.3)
 
-    def horizon(self, layer: int, low: float | None = None, high: float | None = None):
-        """Dashed, its interval as a band, as far as the layers go."""
-        first = self.layers[0] - 0.5
-        last = self.layers[-1] + 0.5
+    def horizon(self, layer: int, low: float | None, high: float | None):
+        """Draw a dashed line, and its interval as a band, as far as the layers go."""
         if low is not None:
-            left = self.x(min(max(low - 0.2, first), last))
-            right = self.x(min(max(high + 0.2, first), last))
+            left = self.x(max(low - 0.2, self.first))
+            right = self.x(min(high + 0.2, self.last))
             corners = [(left, self.y0), (right, self.y0), (right, self.y1), (left, self.y1)]
             self.sheet.area(corners, "#eef1f6")
-        if first < layer < last:
+        if layer < self.last:
             x = self.x(layer)
             self.sheet.line([(x, self.y0 - 6), (x, self.y1)], INK, 1.6, (9, 6))
 
 
 def round_step(step: float) -> float:
-    """The next of 1, 2, 5, 10, 20, ... and of their tenths."""
+    """Return the next of 1, 2, 5, 10, 20, ... and of their tenths."""
     power = 10.0 ** math.floor(math.log10(step))
     for factor in (1, 2, 5):
         if factor * power >= step:
@@ -195,8 +205,8 @@ class Style:
     banded: bool = False
 
     def line(self, sheet: Sheet, points: list):
-        if len(points) == 1:                            # a layer alone
-            x, y = points[0]
+        if len(points) == 1:                            # one layer only
+            [(x, y)] = points
             points = [(x - 14, y), (x + 14, y)]
         sheet.line(points, self.ink, self.width, self.pattern)
         if self.hollow:
@@ -210,22 +220,24 @@ class Style:
     def legend(self, sheet: Sheet, x: float, y: float, name: str):
         if self.banded:
             corners = [(x, y - 10), (x + 46, y - 10), (x + 46, y + 10), (x, y + 10)]
-            sheet.area(corners, lighter(self.ink))
+            sheet.area(corners, self.ink, 0.3)
         self.line(sheet, [(x, y), (x + 46, y)])
         self.markers(sheet, [(x + 23, y)])
-        sheet.text(x + 56, y, name, anchor="lm")
+        sheet.text(x + 56, y, name, anchor="start")
 
 
 # the same at every layer
 REFERENCES = {"unpruned": Style(INK, 2.2, (16, 7)), "no image": Style(GREY, 2.2, (3, 6))}
-FIXED = REFERENCES | {"none": Style("#000000", 6.6, hollow=True)}
+NOTHING_KEPT = Style("#000000", 6.6, hollow=True)
 PATTERNS = [(), (17, 6), (13, 5, 3, 5)]
 
 
 def style_of(name: str) -> Style:
-    if name in FIXED:
-        return FIXED[name]
+    if name in REFERENCES:
+        return REFERENCES[name]
     method = METHODS[name]
+    if method.keeps_none:
+        return NOTHING_KEPT
     number = list(METHODS).index(name)
     if method.draws:
         return Style(method.color, 4.4, (), number, banded=True)
@@ -239,31 +251,27 @@ HEIGHT = 560
 MARGIN = 76                             # left of the axes and above them
 
 
-def plot(report: dict, path: Path, horizons: dict | None = None):
-    """Score against the layer that tokens are pruned at, a panel a benchmark.
+def plot(report: dict, path: Path):
+    """Draw score against the layer that tokens are pruned at, a panel a benchmark.
 
     report: {benchmark: rows of a sweep}. Methods that draw at random have a band, their 95 %
-    interval. horizons: {benchmark: layer}, to be marked. Raises InputError.
+    interval. Raises InputError.
     """
     every_row = [row for rows in report.values() for row in rows]
     layers = sorted({row["layer"] for row in every_row if row["method"] not in REFERENCES})
     methods = {row["method"] for row in every_row}
-    names = [name for name in ("unpruned", "none", "no image", *METHODS) if name in methods]
+    names = [name for name in (*REFERENCES, *METHODS) if name in methods]
     across = min(2, len(report))
     bottom = math.ceil(len(report) / across) * HEIGHT
-    entries = 3 * across                                # of the legend, in a line
+    entries = 3 * across - across // 2                  # of the legend, in a line
     sheet = Sheet(across * WIDTH, bottom + 32 * math.ceil(len(names) / entries) + 12)
     for i, (benchmark, rows) in enumerate(report.items()):
         left = i % across * WIDTH
         top = i // across * HEIGHT
         box = (left + MARGIN, top + MARGIN, left + WIDTH - 20, top + MARGIN + 400)
         axes = Axes(sheet, box, layers, -3, 103)
-        if horizons and benchmark in horizons:
-            axes.horizon(horizons[benchmark])
-            name = f"horizon: layer {horizons[benchmark]}"
-            sheet.text(axes.x1, axes.y0 - 22, name, anchor="rm")
         axes.grid("score, %", "layer at whose input tokens are pruned")
-        sheet.text(left + WIDTH / 2, top + 24, benchmark, TITLE)
+        sheet.text(left + WIDTH / 2, top + 24, benchmark, TITLE, room=WIDTH)
         draw_curves(axes, rows, names)
     for i, name in enumerate(names):
         label = f"{name}, 95 % band" if style_of(name).banded else name
@@ -273,14 +281,13 @@ def plot(report: dict, path: Path, horizons: dict | None = None):
 
 
 def draw_curves(axes: Axes, rows: list[dict], names: list[str]):
-    """What matters lies on top: the methods, those that draw at random, nothing kept."""
     curves = []
     for name in sorted(names, key=importance):
         chosen = [row for row in rows if row["method"] == name]
         if not chosen:
             continue
         if name in REFERENCES:                          # the same at every layer
-            layers = [axes.layers[0] - 0.5, axes.layers[-1] + 0.5]
+            layers = [axes.first, axes.last]
             chosen = chosen * 2
         else:
             chosen = sorted(chosen, key=lambda row: row["layer"])
@@ -292,7 +299,7 @@ def draw_curves(axes: Axes, rows: list[dict], names: list[str]):
             half = np.array([1.96 * (row["standard_error"] or 0) for row in chosen])
             low = (scores - half).clip(0, 100)
             high = (scores + half).clip(0, 100)
-            axes.band(layers, low, high, lighter(style.ink))
+            axes.band(layers, low, high, style.ink)
     for style, points in curves:
         style.line(axes.sheet, points)
     marked = [(style, points) for style, points in curves if style.marker is not None]
@@ -302,9 +309,10 @@ def draw_curves(axes: Axes, rows: list[dict], names: list[str]):
 
 
 def importance(name: str) -> int:
+    """Return the drawing order: references, methods, those that draw at random, nothing kept."""
     if name in REFERENCES:
         return 0
-    if name not in METHODS:
+    if METHODS[name].keeps_none:
         return 3
     return 2 if METHODS[name].draws else 1
 
@@ -314,16 +322,16 @@ def importance(name: str) -> int:
 WITH_MAPS = 950                         # height of a panel: two pairs of axes, and the maps
 TILE = 106
 TILES = 6
-HELPS = np.array([178, 24, 43])         # red and blue, which the colour-blind tell apart
-MISLEADS = np.array([33, 102, 172])
+HELPS = "#b2182b"                       # red and blue, which the color-blind tell apart
+MISLEADS = "#2166ac"
 MEAN = Style("#0072b2", 3.6, (), 0)
 SPREAD = Style("#e69f00", 2.6, (), 2)
 
 
 def plot_information(report: dict, examples: dict, path: Path):
-    """A panel a benchmark: information by layer, its mean over windows and their spread, with 95 %
-    bands; the score with every visual token dropped, in percent of the unpruned one; the horizon
-    and its interval; the map of one image at six layers, red where a window helps.
+    """Draw a panel a benchmark: information by layer, its mean over windows and their spread, with
+    95 % bands; the score with every visual token dropped, in percent of the unpruned one; the
+    horizon and its interval; the map of one image at six layers, red where a window helps.
 
     report[benchmark]: {"information": rows, "horizon": {layer, low, high, scores, unpruned}}.
     examples[benchmark]: (canvas, maps (layers, rows, cols), question, answer). Raises InputError.
@@ -334,10 +342,13 @@ def plot_information(report: dict, examples: dict, path: Path):
         left = i % across * WIDTH
         top = i // across * WITH_MAPS
         rows = measured["information"]
-        sheet.text(left + WIDTH / 2, top + 24, benchmark, TITLE)
+        canvas, *example = examples[benchmark]
+        image = f"image-{i}"
+        sheet.embed(image, canvas.convert("L"), TILE, TILE)
+        sheet.text(left + WIDTH / 2, top + 24, benchmark, TITLE, room=WIDTH)
         draw_information(sheet, left, top + 80, rows, measured["horizon"])
         draw_scores(sheet, left, top + 440, measured["horizon"])
-        draw_maps(sheet, left + 22, top + 706, [row["layer"] for row in rows], *examples[benchmark])
+        draw_maps(sheet, left + 22, top + 706, [row["layer"] for row in rows], image, *example)
     sheet.save(path)
 
 
@@ -358,7 +369,7 @@ def draw_information(sheet: Sheet, left: float, top: float, rows: list[dict], ho
     axes.grid("information, probability")
     styles = (SPREAD, MEAN)
     for i, style in enumerate(styles):
-        axes.band(layers, low[:, i], high[:, i], lighter(style.ink))
+        axes.band(layers, low[:, i], high[:, i], style.ink)
     for i, style in enumerate(styles):
         points = axes.points(layers, values[:, i])
         style.line(sheet, points)
@@ -368,50 +379,57 @@ def draw_information(sheet: Sheet, left: float, top: float, rows: list[dict], ho
 
 
 def draw_scores(sheet: Sheet, left: float, top: float, horizon: dict):
-    """With every visual token dropped at a layer."""
+    """Draw the score with every visual token dropped at a layer."""
     layers = range(len(horizon["scores"]))
     shares = 100 * np.array(horizon["scores"]) / (horizon["unpruned"] or 1)
     axes = Axes(sheet, (left + 88, top, left + WIDTH - 20, top + 160), layers,
                 min(0, shares.min()) - 4, max(100, shares.max()) + 4)
     axes.horizon(horizon["layer"], horizon["low"], horizon["high"])
-    name = f"horizon: layer {horizon['layer']} [{horizon['low']:g}, {horizon['high']:g}]"
+    name = f"horizon: layer {horizon['layer']}"
+    if horizon["low"] is not None:
+        name += f" [{horizon['low']:g}, {horizon['high']:g}]"
     if horizon["layer"] == len(layers):
         name = "no horizon"
-    sheet.text(axes.x1, top - 22, name, anchor="rm")
+    sheet.text(axes.x1, top - 22, name, anchor="end")
     axes.grid("score with all dropped, % of unpruned", "layer at whose input they are dropped")
-    FIXED["none"].line(sheet, axes.points(layers, shares))
+    NOTHING_KEPT.line(sheet, axes.points(layers, shares))
 
 
-def draw_maps(sheet: Sheet, x: float, y: float, layers: list[int], canvas: Image.Image,
-              maps: np.ndarray, question: str, answer: str):
-    asked = shortened(question.split("\n")[0], 480, TEXT)
-    sheet.text(x, y, asked, anchor="lm")
-    sheet.text(x + WIDTH - 44, y, shortened(f"answer: {answer}", 220, TEXT), anchor="rm")
-    canvas = canvas.convert("RGB").resize((TILE * SCALE, TILE * SCALE), Image.BICUBIC)
+def draw_maps(sheet: Sheet, x: float, y: float, layers: list[int], image: str, maps: np.ndarray,
+              question: str, answer: str):
+    answer = shortened(f"answer: {answer}", 220, TEXT)
+    room = WIDTH - 60 - width_of(answer, TEXT)[-1]
+    sheet.text(x, y, question.split("\n")[0], anchor="start", room=room)
+    sheet.text(x + WIDTH - 44, y, answer, anchor="end")
     largest = max(float(abs(maps).max()), 1e-12)
     places = np.linspace(0, len(layers) - 1, min(TILES, len(layers))).round().astype(int)
     for i, place in enumerate(places):
         across = x + i * (TILE + 16)
-        sheet.paste(signed(canvas, maps[place] / largest), across, y + 52)
         sheet.text(across + TILE / 2, y + 36, f"layer {layers[place]}")
-    ramp = np.linspace(-1, 1, 400)[None]                # the same colours, on white
-    scale = signed(Image.new("RGB", (400 * SCALE, 16 * SCALE), "white"), ramp)
-    sheet.paste(scale, x + 158, y + TILE + 74)
-    sheet.text(x + 146, y + TILE + 82, "misleads", anchor="rm", ink=tuple(MISLEADS))
-    sheet.text(x + 570, y + TILE + 82, "helps", anchor="lm", ink=tuple(HELPS))
+        sheet.add("use", href=f"#{image}", x=across, y=y + 52)
+        draw_signed(sheet, (across, y + 52, TILE, TILE), maps[place] / largest)
+    y += TILE + 74
+    draw_signed(sheet, (x + 158, y, 400, 16), np.linspace(-1, 1, 41)[None])
+    sheet.text(x + 146, y + 8, "misleads", anchor="end", ink=MISLEADS)
+    sheet.text(x + 570, y + 8, "helps", anchor="start", ink=HELPS)
     for part in (-1, -0.5, 0, 0.5, 1):
-        sheet.text(x + 358 + 200 * part, y + TILE + 108, f"{part * largest:+.2f}" if part else "0")
+        sheet.text(x + 358 + 200 * part, y + 34, f"{part * largest:+.2f}" if part else "0")
 
 
-def signed(image: Image.Image, values: np.ndarray) -> Image.Image:
-    """The image in grey under the colours of values (rows, cols) from -1 to 1, stronger by their
+def draw_signed(sheet: Sheet, box: tuple, values: np.ndarray):
+    """Draw values (rows, cols) from -1 to 1 as transparent colors over a box, stronger by their
     square root: a tenth can be seen."""
-    grey = np.asarray(image.convert("L").convert("RGB")).astype(float)
-    enlarged = Image.fromarray(values.astype(np.float32)).resize(image.size, Image.NEAREST)
-    value = np.asarray(enlarged)[..., None]
-    color = np.where(value > 0, HELPS, MISLEADS)
-    weight = 0.85 * np.sqrt(abs(value))
-    return Image.fromarray((grey * (1 - weight) + color * weight).round().astype(np.uint8))
+    left, top, width, height = box
+    rows, cols = values.shape
+    cells = defaultdict(str)                            # of one color, in one path
+    for (row, col), value in np.ndenumerate(values):
+        opacity = round(0.85 * math.sqrt(abs(value)), 2)
+        cells[HELPS if value > 0 else MISLEADS, opacity] += f"M{col} {row}h1v1h-1z"
+    place = f"translate({left} {top}) scale({width / cols} {height / rows})"
+    for (ink, opacity), path in cells.items():
+        if opacity:
+            sheet.add("path", d=path, transform=place, fill=ink, fill_opacity=opacity,
+                      shape_rendering="crispEdges")     # no seams between neighbors
 
 
 # ---- the tokens kept of an image -----------------------------------------------------------------
@@ -421,84 +439,73 @@ GAP = 18
 CAPTION = 74
 RIGHT = "#1a7f37"
 WRONG = "#c1121f"
-CHECK = [[(0, 0), (7, 8), (19, -9)]]
-CROSS = [[(1, -8), (17, 8)], [(1, 8), (17, -8)]]
+CHECK = "M0 0l7 8l12 -17"
+CROSS = "M1 -8l16 16m-16 0l16 -16"
 
 
 def overlay(canvas: Image.Image, panels: list[tuple], grid: tuple[int, int], path: Path,
-            question: str, gold: str | None = None):
-    """The image once for each of panels, (name, answer, indices of kept tokens): what is dropped is
-    faded, what is kept outlined; below it the name, how many are kept, and the answer, right or
-    wrong where gold is given. grid: rows and columns of tokens. Raises InputError.
+            question: str, right: list[bool] | None = None):
+    """Show the image once for each of panels, (name, answer, indices of kept tokens): what is
+    dropped is faded, what is kept outlined; below it the name, how many are kept, and the answer.
+    grid: rows and columns of tokens. right: which answers are right, if known. Raises InputError.
     """
     height = round(SIDE * canvas.height / canvas.width)
     down = math.ceil(len(panels) / 5)
     across = math.ceil(len(panels) / down)
     width = across * (SIDE + GAP) + GAP
     sheet = Sheet(width, 60 + down * (height + CAPTION + GAP))
-    asked = question.split("\n")[0]
-    sheet.text(GAP, 32, shortened(asked, width - 2 * GAP, TITLE), TITLE, "lm")
-    canvas = canvas.convert("RGB").resize((SIDE * SCALE, height * SCALE), Image.BICUBIC)
+    sheet.embed("image", canvas.convert("RGB"), SIDE, height)
+    sheet.text(GAP, 32, question.split("\n")[0], TITLE, "start", room=width - 2 * GAP)
     for i, (name, answer, kept) in enumerate(panels):
         x = GAP + i % across * (SIDE + GAP)
         y = 60 + i // across * (height + CAPTION + GAP)
-        sheet.paste(faded(canvas, kept, grid), x, y)
-        frame = [(x, y), (x + SIDE, y), (x + SIDE, y + height), (x, y + height), (x, y)]
-        sheet.line(frame, "#a8a8a8", 1)
-        if len(kept) < math.prod(grid):
+        is_pruned = len(kept) < math.prod(grid)
+        sheet.add("use", href="#image", x=x, y=y, opacity=0.25 if is_pruned else None)
+        sheet.add("rect", x=x, y=y, width=SIDE, height=height, fill="none", stroke="#a8a8a8")
+        if is_pruned:
             color = METHODS[name].color if name in METHODS else INK
-            outline(sheet, (x, y, SIDE / grid[1], height / grid[0]), kept, grid[1], color)
-        sheet.text(x, y + height + 20, name, 22, "lm")
-        sheet.text(x + SIDE, y + height + 20, f"{len(kept)} kept", 19, "rm", GREY)
-        draw_answer(sheet, x, y + height + 52, answer, gold)
+            draw_kept(sheet, (x, y, SIDE, height), grid, kept, f"kept-{i}", color)
+        sheet.text(x, y + height + 20, name, 22, "start", room=SIDE - 80)
+        sheet.text(x + SIDE, y + height + 20, f"{len(kept)} kept", 19, "end", GREY)
+        draw_answer(sheet, x, y + height + 52, answer, right[i] if right else None)
     sheet.save(path)
 
 
-def faded(canvas: Image.Image, kept: list[int], grid: tuple[int, int]) -> Image.Image:
+def draw_kept(sheet: Sheet, box: tuple, grid: tuple, kept: list[int], name: str, color: str):
+    """Show the tokens unfaded, and a line around them: strong where the neighbor is dropped, on a
+    white one, so that it is seen on any image."""
+    left, top, width, height = box
     rows, cols = grid
-    panel = Image.blend(canvas, Image.new("RGB", canvas.size, "white"), 0.75)
-    for token in kept:
-        row, col = divmod(token, cols)
-        box = (round(col * canvas.width / cols), round(row * canvas.height / rows),
-               round((col + 1) * canvas.width / cols), round((row + 1) * canvas.height / rows))
-        panel.paste(canvas.crop(box), box)
-    return panel
-
-
-def outline(sheet: Sheet, place: tuple, kept: list[int], cols: int, color: str):
-    """A line around the tokens, strong where the neighbour is dropped, on a white one: they are
-    seen on any image. place: of the image's corner, and the width and height of a token."""
-    left, top, width, height = place
-    strong = min(3.0, max(1.4, width / 9))
+    w = width / cols
+    h = height / rows
     cells = {divmod(token, cols) for token in kept}
-    for ink, extra in (("white", 3), (color, 0)):
-        for row, col in sorted(cells):
-            x0 = left + col * width
-            y0 = top + row * height
-            x1 = x0 + width
-            y1 = y0 + height
-            sides = [((row - 1, col), [(x0, y0), (x1, y0)]), ((row + 1, col), [(x0, y1), (x1, y1)]),
-                     ((row, col - 1), [(x0, y0), (x0, y1)]), ((row, col + 1), [(x1, y0), (x1, y1)])]
-            for neighbour, side in sides:
-                if neighbour not in cells:
-                    sheet.line(side, ink, strong + extra)
-                elif ink == color:
-                    sheet.line(side, ink, strong / 3)
+    inside, between, around = "", "", ""
+    for row, col in sorted(cells):
+        inside += f"M{col * w:.2f} {row * h:.2f}h{w:.2f}v{h:.2f}h{-w:.2f}z"
+        for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+            start = f"M{(col + (right > 0)) * w:.2f} {(row + (down > 0)) * h:.2f}"
+            side = f"{start}h{w:.2f}" if down else f"{start}v{h:.2f}"
+            if (row + down, col + right) in cells:
+                between += side
+            else:
+                around += side
+    place = f"translate({left} {top})"
+    sheet.add("clipPath", element("path", d=inside), id=name)
+    sheet.add("use", href="#image", transform=place, clip_path=f"url(#{name})")
+    strong = min(3.0, max(1.4, w / 9))
+    for sides, ink, thick in ((around, "white", strong + 3), (between, color, strong / 3),
+                              (around, color, strong)):
+        sheet.add("path", d=sides, transform=place, fill="none", stroke=ink, stroke_width=thick,
+                  stroke_linecap="square")
 
 
-def draw_answer(sheet: Sheet, x: float, y: float, answer: str, gold: str | None):
+def draw_answer(sheet: Sheet, x: float, y: float, answer: str, right: bool | None):
     ink = INK
-    width = SIDE
-    if gold is not None:
-        right = is_right(answer, gold)
+    room = SIDE
+    if right is not None:
         ink = RIGHT if right else WRONG
-        strokes = CHECK if right else CROSS
-        for stroke in strokes:
-            sheet.line([(x + dx, y + dy) for dx, dy in stroke], ink, 4)
+        sheet.add("path", d=CHECK if right else CROSS, transform=f"translate({x} {y})",
+                  fill="none", stroke=ink, stroke_width=4)
         x += 28
-        width -= 28
-    sheet.text(x, y, shortened(answer, width, 22) or "(nothing)", 22, "lm", ink)
-
-
-def is_right(answer: str, gold: str) -> bool:
-    return answer.strip().lower() == gold.strip().lower()
+        room -= 28
+    sheet.text(x, y, answer.strip() or "(nothing)", 22, "start", ink, room)
