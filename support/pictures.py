@@ -7,7 +7,6 @@ script, link or font. Lengths are pixels; letters can be read at half the size.
 import base64
 import html
 import io
-import itertools
 import math
 import re
 import unicodedata
@@ -53,11 +52,6 @@ class Sheet:
     def area(self, points: list, ink: str, opacity: float | None = None):
         self.add("polygon", points=joined(points), fill=ink, fill_opacity=opacity)
 
-    def marker(self, x: float, y: float, shape: int, ink: str):
-        """Draw a disc, square, diamond or triangle with a white rim, to be seen on other lines."""
-        self.add("path", d=SHAPES[shape % len(SHAPES)], transform=f"translate({x:.2f} {y:.2f})",
-                 fill=ink, stroke="white", stroke_width=1.5)
-
     def embed(self, name: str, image: Image.Image, width: float, height: float):
         """Store an image once, for elements `use` to show it at any place."""
         image = image.copy()
@@ -78,11 +72,6 @@ class Sheet:
             path.write_text(text + "\n", encoding="utf-8")
         except OSError as e:
             raise InputError(f"{path}: cannot be written ({e.strerror})")
-
-
-SHAPES = ["M-5.8 0a5.8 5.8 0 1 0 11.6 0a5.8 5.8 0 1 0 -11.6 0z", "M-5.2 -5.2h10.4v10.4h-10.4z",
-          "M0 -7.2l7.2 7.2l-7.2 7.2l-7.2 -7.2z", "M0 -6.9l6.9 12.1h-13.8z",
-          "M0 6.9l6.9 -12.1h-13.8z"]
 
 
 def element(name: str, content: str = "", **attributes) -> str:
@@ -106,19 +95,13 @@ def escaped(text: str) -> str:
 
 
 def width_of(text: str, size: int) -> list[float]:
-    """Return the width of text up to each of its characters, for a font that runs wide."""
-    widths = []
+    """Return how wide text is up to each of its letters, in a font that runs wide."""
+    widths = [0.0]
     for letter in text:
-        if unicodedata.combining(letter):
-            width = 0.0
-        elif unicodedata.east_asian_width(letter) in "WF":
-            width = 1.0
-        elif letter in " .,:;!|'()[]fijlrtI":
-            width = 0.36
-        else:
-            width = 0.8 if letter.isupper() or letter in "mw%@" else 0.6
-        widths.append(width * size)
-    return list(itertools.accumulate(widths, initial=0.0))
+        wide = unicodedata.east_asian_width(letter) in "WF"
+        narrow = letter in " .,:;!|'()[]fijlrtI"
+        widths.append(widths[-1] + size * (1.0 if wide else 0.36 if narrow else 0.64))
+    return widths
 
 
 def shortened(text: str, room: float, size: int) -> str:
@@ -155,7 +138,7 @@ class Axes:
         return [(self.x(layer), self.y(value)) for layer, value in zip(layers, values)]
 
     def grid(self, name: str, layers_name: str = ""):
-        """Draw lines at round values, the one at 0 strongest; the layers; the names of both."""
+        """Draw lines at round values, the one at 0 strongest; the layers; the names of both axes."""
         step = round_step((self.high - self.low) / 6)
         digits = max(0, -math.floor(math.log10(step)))
         for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1):
@@ -168,10 +151,12 @@ class Axes:
             if layer % every == 0 or len(self.layers) < 8:
                 self.sheet.text(self.x(layer), self.y1 + 18, str(layer))
         self.sheet.text(self.x0 - 62, self.y0 - 22, name, anchor="start")
-        self.sheet.text((self.x0 + self.x1) / 2, self.y1 + 48, layers_name)
+        if layers_name:
+            self.sheet.text((self.x0 + self.x1) / 2, self.y1 + 48, layers_name)
 
     def band(self, layers: list[int], low, high, ink: str):
-        self.sheet.area(self.points(layers, high) + self.points(layers, low)[::-1], ink, 0.3)
+        if (high > low).any():                          # one image has no interval
+            self.sheet.area(self.points(layers, high) + self.points(layers, low)[::-1], ink, 0.3)
 
     def horizon(self, layer: int, low: float | None, high: float | None):
         """Draw a dashed line, and its interval as a band, as far as the layers go."""
@@ -194,13 +179,19 @@ def round_step(step: float) -> float:
     return 10 * power
 
 
+# disc, square, diamond, triangles
+MARKERS = ["M-5.8 0a5.8 5.8 0 1 0 11.6 0a5.8 5.8 0 1 0 -11.6 0z", "M-5.2 -5.2h10.4v10.4h-10.4z",
+           "M0 -7.2l7.2 7.2l-7.2 7.2l-7.2 -7.2z", "M0 -6.9l6.9 12.1h-13.8z",
+           "M0 6.9l6.9 -12.1h-13.8z"]
+
+
 @dataclass(frozen=True)
 class Style:
     """How the curve of a method looks, whatever lies over or under it."""
     ink: str
     width: float = 2.4
     pattern: tuple = ()
-    marker: int | None = None
+    marker: str = ""                    # a path
     hollow: bool = False                # a white line in the middle
     banded: bool = False
 
@@ -213,16 +204,17 @@ class Style:
             sheet.line(points, "white", self.width / 3)
 
     def markers(self, sheet: Sheet, points: list):
-        for x, y in points:
-            if self.marker is not None:
-                sheet.marker(x, y, self.marker, self.ink)
+        for x, y in points:                             # with a white rim: seen on other lines
+            sheet.add("path", d=self.marker, transform=f"translate({x:.2f} {y:.2f})", fill=self.ink,
+                      stroke="white", stroke_width=1.5)
 
     def legend(self, sheet: Sheet, x: float, y: float, name: str):
         if self.banded:
             corners = [(x, y - 10), (x + 46, y - 10), (x + 46, y + 10), (x, y + 10)]
             sheet.area(corners, self.ink, 0.3)
         self.line(sheet, [(x, y), (x + 46, y)])
-        self.markers(sheet, [(x + 23, y)])
+        if self.marker:
+            self.markers(sheet, [(x + 23, y)])
         sheet.text(x + 56, y, name, anchor="start")
 
 
@@ -239,9 +231,10 @@ def style_of(name: str) -> Style:
     if method.keeps_none:
         return NOTHING_KEPT
     number = list(METHODS).index(name)
+    marker = MARKERS[number % len(MARKERS)]
     if method.draws:
-        return Style(method.color, 4.4, (), number, banded=True)
-    return Style(method.color, 2.4, PATTERNS[number % len(PATTERNS)], number)
+        return Style(method.color, 4.4, (), marker, banded=True)
+    return Style(method.color, 2.4, PATTERNS[number % len(PATTERNS)], marker)
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -302,19 +295,16 @@ def draw_curves(axes: Axes, rows: list[dict], names: list[str]):
             axes.band(layers, low, high, style.ink)
     for style, points in curves:
         style.line(axes.sheet, points)
-    marked = [(style, points) for style, points in curves if style.marker is not None]
+    marked = [(style, points) for style, points in curves if style.marker]
     for i, (style, points) in enumerate(marked):        # in turns: seen where lines coincide
         every = max(1, min(len(marked), len(points) // 2))
         style.markers(axes.sheet, points[i % every::every])
 
 
-def importance(name: str) -> int:
+def importance(name: str) -> tuple:
     """Return the drawing order: references, methods, those that draw at random, nothing kept."""
-    if name in REFERENCES:
-        return 0
-    if METHODS[name].keeps_none:
-        return 3
-    return 2 if METHODS[name].draws else 1
+    method = METHODS.get(name)
+    return (True, method.keeps_none, method.draws) if method else (False,)
 
 
 # ---- information ---------------------------------------------------------------------------------
@@ -324,8 +314,8 @@ TILE = 106
 TILES = 6
 HELPS = "#b2182b"                       # red and blue, which the color-blind tell apart
 MISLEADS = "#2166ac"
-MEAN = Style("#0072b2", 3.6, (), 0)
-SPREAD = Style("#e69f00", 2.6, (), 2)
+MEAN = Style("#0072b2", 3.6, (), MARKERS[0])
+SPREAD = Style("#e69f00", 2.6, (), MARKERS[2])
 
 
 def plot_information(report: dict, examples: dict, path: Path):
@@ -357,7 +347,7 @@ def draw_information(sheet: Sheet, left: float, top: float, rows: list[dict], ho
     names = ("spread", "mean")
     values = np.array([[row[name] for name in names] for row in rows])
     errors = np.array([[row["standard_errors"][name] for name in names] for row in rows], float)
-    errors = np.nan_to_num(errors)                      # one image has none, and no band
+    errors = np.nan_to_num(errors)                      # None, where there are too few images
     low = values - 1.96 * errors
     high = values + 1.96 * errors
     bottom = min(0, low.min())
@@ -367,10 +357,9 @@ def draw_information(sheet: Sheet, left: float, top: float, rows: list[dict], ho
                 range(len(horizon["scores"])), bottom - room, ceiling + room)
     axes.horizon(horizon["layer"], horizon["low"], horizon["high"])
     axes.grid("information, probability")
-    styles = (SPREAD, MEAN)
-    for i, style in enumerate(styles):
+    for i, style in enumerate((SPREAD, MEAN)):
         axes.band(layers, low[:, i], high[:, i], style.ink)
-    for i, style in enumerate(styles):
+    for i, style in enumerate((SPREAD, MEAN)):
         points = axes.points(layers, values[:, i])
         style.line(sheet, points)
         style.markers(sheet, points)
