@@ -1,0 +1,109 @@
+"""Compare how cheap scores rank visual tokens with how exact information ranks them.
+
+    python tiny/agreement.py                    the built-in LLaVA, 5 minutes on one core
+    python tiny/agreement.py tiny/qwen
+
+Prints a table for each benchmark: Spearman's rank correlation, over the visual tokens of an image,
+of what methods rank by with the information of single tokens for the whole gold answer. Mean over
+questions ± standard error.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+
+TINY = Path(__file__).resolve().parent
+sys.path.insert(0, str(TINY.parent))
+
+from information import attention_of_answer, token_information  # noqa: E402
+from support.benchmarks import images_of, load_benchmark  # noqa: E402
+from support.checkpoint import load_model  # noqa: E402
+from support.files import read_image  # noqa: E402
+from support.flags import sample  # noqa: E402
+from support.statistics import standard_error  # noqa: E402
+from tokprune import attention_of_raters, view_of  # noqa: E402
+
+LAYERS = [6, 10, 14, 18]
+QUESTIONS = 40
+
+
+def correlations(model, question) -> dict[str, list[float]]:
+    """Return {what ranks the tokens: rank correlation with their information at each of LAYERS}."""
+    stream = model.begin(read_image(question.image), question.prompt)
+    own = model.decode(model.run(stream))[0]
+
+    def information(answer, mode="keep-one", target="answer"):
+        return token_information(model, stream, answer, LAYERS, 1, mode, target).flatten(1)
+    exact = information(question.gold_written)                              # (len(LAYERS), N)
+    attended = attention_of_answer(model, stream, own, LAYERS)
+    scores = {
+        "information of the first token": information(question.gold_normalised, target="first"),
+        "leave-one-out information": information(question.gold_written, mode="leave-one-out"),
+        "attention of the own answer, as hindsight": [attended[K].sum(1) for K in LAYERS]}
+    reached = stream
+    for layer in LAYERS:
+        reached = model.run(reached, stop=layer)
+        for name, score in scores_of_methods(model, reached).items():
+            scores.setdefault(name, []).append(score)
+    if own and question.points(own) < 1:
+        scores["information of the own answer, where it is wrong"] = information(own)
+    return {name: [rank_correlation(*pair) for pair in zip(of_layers, exact)]
+            for name, of_layers in scores.items()}
+
+
+def scores_of_methods(model, stream) -> dict:
+    """Return (N,) by name: what published methods rank by at the layer of an unpruned stream."""
+    view = view_of(model, stream, b=0, seed=0, info=None)
+    start, N = view.visual
+    image = slice(start, start + N)
+    last = view.attention([len(view.x) - 1])[:, 0, image]                   # (H, N)
+    return {"attention of the last prompt row, as FastV": last.mean(0),
+            "attention of SparseVLM's raters": attention_of_raters(view),
+            "norm of keys, as DART's pivots": view.keys[image].float().abs().sum(1),
+            "saliency of the tower": view.saliency()}
+
+
+def rank_correlation(a, b) -> float:
+    """Return Spearman's rank correlation of two tensors; nan where either has only one value."""
+    a = ranks(a.cpu().numpy())
+    b = ranks(b.cpu().numpy())
+    if a.std() == 0 or b.std() == 0:
+        return np.nan
+    return np.corrcoef(a, b)[0, 1]
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Return 1 for the smallest; equal values share the mean of their ranks."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def print_table(benchmark: str, found: list[dict], image: np.ndarray):
+    """Print a row for each name, a column for each layer. found: `correlations` by question."""
+    print(f"\n| {benchmark}, at layer | questions |", " | ".join(map(str, LAYERS)), "|")
+    print("|---|" + "---:|" * (1 + len(LAYERS)))
+    unknown = [np.nan] * len(LAYERS)
+    for name in {name: None for question in found for name in question}:
+        table = np.array([question.get(name, unknown) for question in found])
+        known = ~np.isnan(table)
+        cells = []
+        for values, has in zip(table.T, known.T):
+            if not has.any():
+                cells.append("-")
+                continue
+            clusters = np.unique(image[has], return_inverse=True)[1]
+            error = standard_error(values[has], clusters)
+            cells.append(f"{values[has].mean():.2f}" + (f" ± {error:.2f}" if error else ""))
+        print(f"| {name} | {known.any(1).sum()} |", " | ".join(cells), "|")
+
+
+def main(folder: Path):
+    model = load_model(folder)
+    for benchmark in ("mme", "textvqa"):
+        questions = sample(load_benchmark(benchmark, TINY), QUESTIONS, seed=0)
+        found = [correlations(model, question) for question in questions]
+        print_table(benchmark, found, images_of(questions))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if sys.argv[1:] else TINY / "llava")
