@@ -27,7 +27,7 @@ UNASKED = -100              # the target where nothing is to be said: cross_entr
 @dataclass
 class Stage:
     """A stage of the training: how long, how fast, on what images and which questions."""
-    name: str               # seeds the batches
+    name: str
     steps: int
     decay: int              # the rate falls to 2 % within so many steps: a stage may end before
     rate: float             # the highest
@@ -40,14 +40,15 @@ class Stage:
 class Batches(torch.utils.data.Dataset):
     """Batch i of a stage, the same whenever it is asked for: grid, pixels, and labels or rows."""
 
-    def __init__(self, stage: Stage, chat: "Chat", tokenizer: Tokenizer):
+    def __init__(self, stage: Stage, chat: "Chat", tokenizer: Tokenizer, seed: int = 0):
+        self.name = f"{stage.name}-{seed}" if seed else stage.name  # seeds draws, names checkpoints
         self.stage = stage
         self.chat = chat
         self.tokenizer = tokenizer
 
     def __getitem__(self, i: int):
         stage = self.stage
-        rng = random.Random(f"{stage.name} {i}")
+        rng = random.Random(f"{self.name} {i}")
         size = rng.choice(stage.sizes) if len(stage.sizes) > 1 else stage.sizes[0]
         scenes = [draw_scene(rng, False, size) for _ in range(stage.images)]
         shown = [self.chat.show(scene.image) for scene in scenes]
@@ -60,8 +61,8 @@ class Batches(torch.utils.data.Dataset):
         return torch.tensor(grid), pixels, *(torch.tensor(column) for column in zip(*rows))
 
     def pack(self, rng: random.Random, scene: Scene, grid: tuple[int, int]) -> tuple:
-        """One prompt up to the image, then as many questions with answers as there is room for. A
-        question sees image and prompt and itself: the loss is that of questions asked alone.
+        """Write one prompt up to the image, then as many questions with answers as there is room
+        for. A question sees image, prompt and itself: the loss is that of questions asked alone.
 
         -> ids (T), positions (axes, T), block (T), targets (T). block: 0 for the shared beginning,
         the question's number, -1 for padding.
@@ -92,9 +93,8 @@ class Batches(torch.utils.data.Dataset):
                 targets + [UNASKED] * room)
 
     def encode(self, question: str, answer: str) -> tuple[list, list, list]:
-        """The prompt's ids before the image; after it, with the answer; what each is followed by.
-
-        The token that ends the answer is to be said, and is followed by nothing.
+        """Return the prompt's ids before the image, those after it with the answer, and the target
+        of each of the latter. The token that ends the answer is only a target.
         """
         prompt = self.tokenizer.encode(self.chat.prompt.format(question=question)).ids
         place = prompt.index(self.tokenizer.token_to_id(self.chat.image))
@@ -124,7 +124,7 @@ def show_llava(image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
 
 
 def show_qwen(image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
-    """At its own size, which is a multiple of PATCH. A token has 2 x 2 patches, of 2 frames."""
+    """Show it at its own size, a multiple of PATCH. A token has 2 x 2 patches, of 2 frames."""
     return patchify(normalize(image, CLIP_MEAN, CLIP_STD), PATCH // 2, 2, 2)
 
 
@@ -133,8 +133,8 @@ def llava_positions(first: int, grid: tuple[int, int], T: int) -> tuple[Tensor, 
 
 
 def token_labels(scene: Scene) -> list[list[int]]:
-    """What lies on the center of each visual token (V, 4): glyph, its place in the word, color,
-    shape; counted from 1, 0 for none."""
+    """Return what lies on the center of each visual token (V, 4): glyph, its place in the word,
+    color, shape; counted from 1, 0 for none."""
     things = []
     for _, color, cells in scene.words:
         for place, (glyph, box) in enumerate(cells, 1):
@@ -153,7 +153,8 @@ def token_labels(scene: Scene) -> list[list[int]]:
 
 
 def token_labels_and_halves(scene: Scene) -> list[list[int]]:
-    """(V, 6): and whether the token lies in the upper or lower, left or right half, 1 or 2."""
+    """Return (V, 6): the same, and whether the token lies in the upper or lower, left or right
+    half, 1 or 2."""
     labels = []
     for label, (x, y) in zip(token_labels(scene), token_centers(scene)):
         lower = 2 if 2 * y > scene.image.height else 1

@@ -1,4 +1,4 @@
-"""Writes a trained model as the published ones are: a folder with config.json, tokenizer.json and
+"""Write a trained model as the published ones are: a folder with config.json, tokenizer.json and
 model.safetensors in bfloat16, tensors under the hub's names."""
 import json
 from dataclasses import asdict
@@ -17,7 +17,7 @@ LLAVA_NAMES = {"language_model.": "language_model.model.", "lm_head.": "language
 
 
 def export_llava(model: Llava, folder: Path):
-    """As llava-hf/llava-1.5-7b-hf."""
+    """Write it as llava-hf/llava-1.5-7b-hf."""
     text = model.config.text
     vision = model.config.vision
     pad = model.tokenizer.token_to_id("<pad>")
@@ -60,7 +60,7 @@ def export_llava(model: Llava, folder: Path):
 
 
 def export_qwen(model: Qwen, folder: Path):
-    """As Qwen/Qwen2.5-VL-3B-Instruct: text fields at the root, and no head of its own."""
+    """Write it as Qwen/Qwen2.5-VL-3B-Instruct: text fields at the root, and no head of its own."""
     text = asdict(model.config.text)
     vision = asdict(model.config.vision)
     section = text.pop("mrope_section")

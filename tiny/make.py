@@ -1,9 +1,10 @@
-"""Makes what is in tiny/ from seeds: two benchmarks, and a LLaVA-1.5 and a Qwen2.5-VL that are
+"""Make what is in tiny/ from seeds: two benchmarks, and a LLaVA-1.5 and a Qwen2.5-VL that are
 trained to answer them.
 
-    python tiny/make.py                 all of it; an interrupted run goes on where it stood
-    python tiny/make.py --data          the benchmarks alone (seconds)
+    python tiny/make.py                 all of it; an interrupted run resumes where it stopped
+    python tiny/make.py --data          only the benchmarks (seconds)
     python tiny/make.py --only qwen     the benchmarks and one model
+    python tiny/make.py --seed 1        other weights and training images: tiny/llava-1, tiny/qwen-1
 
 scenes.py draws images of one or two words and one to four shapes. questions.py asks about them, and
 writes the benchmarks, whose words are in no training image. batches.py packs questions behind their
@@ -69,9 +70,9 @@ QWEN_STAGES = [
     Stage("qwen-last", 400, 400, 8e-4, 16, ALL_SIZES, ask.MORE_COLOR)]
 
 
-def train_llava(device: torch.device) -> model_llava.Llava:
-    """The stages in order, each from its own checkpoint if there is one."""
-    torch.manual_seed(0)
+def train_llava(device: torch.device, seed: int) -> model_llava.Llava:
+    """Run the stages in order, each from its own checkpoint if there is one."""
+    torch.manual_seed(seed)
     tokenizer = llava_tokenizer()
     model = make_llava(12, tokenizer).to(device)
     heads = LabelHeads(model.config.vision.hidden_size).to(device)
@@ -85,7 +86,7 @@ def train_llava(device: torch.device) -> model_llava.Llava:
         return answer_loss(model, layer, *batch)
 
     for stage in LLAVA_STAGES:
-        batches = Batches(stage, VICUNA, tokenizer)
+        batches = Batches(stage, VICUNA, tokenizer, seed)
         if stage.name == "tower":
             train(nn.ModuleList([model.vision_tower, heads]), tower_loss, batches, device)
             continue
@@ -99,8 +100,8 @@ def train_llava(device: torch.device) -> model_llava.Llava:
     return model
 
 
-def train_qwen(device: torch.device) -> model_qwen.Qwen:
-    torch.manual_seed(0)
+def train_qwen(device: torch.device, seed: int) -> model_qwen.Qwen:
+    torch.manual_seed(seed)
     tokenizer = qwen_tokenizer()
     model = make_qwen(14, tokenizer).to(device)
     layer = torch.compile(masked_layer)
@@ -113,7 +114,7 @@ def train_qwen(device: torch.device) -> model_qwen.Qwen:
         return answer_loss(model, layer, *batch)
 
     for stage in QWEN_STAGES:
-        batches = Batches(stage, CHATML, tokenizer)
+        batches = Batches(stage, CHATML, tokenizer, seed)
         if stage.name == "qwen-tower":
             tower = nn.ModuleList([model.visual, model.model.embed_tokens])
             train(tower, tower_loss, batches, device)
@@ -128,7 +129,7 @@ def train_qwen(device: torch.device) -> model_qwen.Qwen:
 # ---- the models before training ------------------------------------------------------------------
 
 def make_llava(layers: int, tokenizer) -> model_llava.Llava:
-    """The last CLIP block is used (feature layer -1), so that no weight in the file is idle."""
+    """Use the last CLIP block (feature layer -1), so that no weight in the file is idle."""
     text = model_llava.TextConfig(
         vocab_size=rounded_up(tokenizer.get_vocab_size()), hidden_size=128, intermediate_size=344,
         num_hidden_layers=layers, num_attention_heads=4, rms_norm_eps=1e-5)
@@ -143,8 +144,8 @@ def make_llava(layers: int, tokenizer) -> model_llava.Llava:
 
 
 def make_qwen(layers: int, tokenizer) -> model_qwen.Qwen:
-    """Patches of 7 pixels, so that a visual token is 14 wide, as LLaVA's. The rotary base is small
-    because sequences are short."""
+    """Take patches of 7 pixels, so that a visual token is 14 wide, as LLaVA's. The rotary base is
+    small because sequences are short."""
     text = model_qwen.TextConfig(
         vocab_size=rounded_up(tokenizer.get_vocab_size()), hidden_size=128, intermediate_size=352,
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
@@ -170,8 +171,8 @@ def rounded_up(size: int) -> int:
 
 
 def draw_weights(model: nn.Module, layers: int, embeddings: str, std: float):
-    """Random weights; std is that of the embeddings, all whose name holds that word. What each
-    layer adds to the residual stream is smaller the more layers there are."""
+    """Draw random weights. std is that of the embeddings: all weights whose name holds that word.
+    What each layer adds to the residual stream is smaller the more layers there are."""
     for name, p in model.named_parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=std if embeddings in name else p[0].numel() ** -0.5)
@@ -183,18 +184,21 @@ def draw_weights(model: nn.Module, layers: int, embeddings: str, std: float):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", action="store_true", help="the benchmarks alone")
+    parser.add_argument("--data", action="store_true", help="only the benchmarks")
     parser.add_argument("--only", choices=["llava", "qwen"], help="the benchmarks and one model")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="of the training; models of another than 0 go to tiny/llava-N, qwen-N")
     args = parser.parse_args()
     ask.make_mme(HERE / "mme")
     ask.make_textvqa(HERE / "textvqa")
     if args.data:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    suffix = f"-{args.seed}" if args.seed else ""
     if args.only != "qwen":
-        export_llava(train_llava(device), HERE / "llava")
+        export_llava(train_llava(device, args.seed), HERE / f"llava{suffix}")
     if args.only != "llava":
-        export_qwen(train_qwen(device), HERE / "qwen")
+        export_qwen(train_qwen(device, args.seed), HERE / f"qwen{suffix}")
 
 
 if __name__ == "__main__":

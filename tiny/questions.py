@@ -1,4 +1,4 @@
-"""Asks about a scene: what each stage of the training asks, and the files of the two benchmarks.
+"""Ask about a scene: what each stage of the training asks, and the files of the two benchmarks.
 
 A function ask_* takes random numbers and a scene, and returns pairs of question and answer: a Yes
 and a No about the same image where it can, and nothing where the scene has nothing to ask about.
@@ -17,12 +17,12 @@ APART = 20          # pixels between two shapes of which one lies "above" the ot
 # ---- words ---------------------------------------------------------------------------------------
 
 def ask_text(rng, scene: Scene) -> list:
-    """Every word of the image: what TextVQA asks."""
+    """Ask for every word of the image, as TextVQA does."""
     return [(f"What does the {word.color} word say?", word.text) for word in scene.words]
 
 
 def ask_word(rng, scene: Scene) -> list:
-    """Whether a word is this one. A wrong one is as long and differs in two places or more."""
+    """Ask whether a word is this one. A wrong one is as long and differs in two places or more."""
     text, color, _ = rng.choice(scene.words)
     wrong = text
     while sum(a != b for a, b in zip(text, wrong)) < 2:
@@ -31,7 +31,7 @@ def ask_word(rng, scene: Scene) -> list:
 
 
 def ask_letter(rng, scene: Scene) -> list:
-    """Whether a word holds a glyph: the step before reading it whole."""
+    """Ask whether a word holds a glyph: the step before reading it whole."""
     text, color, _ = rng.choice(scene.words)
     wrong = rng.choice([glyph for glyph in GLYPHS if glyph not in text])
     right = rng.choice(text)
@@ -48,14 +48,14 @@ def ask_length(rng, scene: Scene) -> list:
 
 
 def ask_digit(rng, scene: Scene) -> list:
-    """Of two words of which one starts with a digit, which: what MME's OCR asks."""
+    """Ask which of two words starts with a digit, as MME's OCR does."""
     asked = [starts_with_digit(word) for word in scene.words]
     asked.sort(key=lambda pair: pair[1] == "No")
     return asked if {answer for _, answer in asked} == {"Yes", "No"} else []
 
 
 def ask_any_digit(rng, scene: Scene) -> list:
-    """The same of any word; most of those that start with a letter are left out."""
+    """Ask the same of any word; most of those that start with a letter are left out."""
     return [starts_with_digit(word) for word in scene.words
             if word.text[0].isdigit() or rng.random() < 0.3]
 
@@ -88,7 +88,7 @@ def ask_color(rng, scene: Scene) -> list:
 
 
 def ask_relation(rng, scene: Scene) -> list:
-    """Two shapes that lie well apart, in the direction they lie apart in."""
+    """Choose two shapes that lie well apart, in the direction they lie apart in."""
     pairs = []
     for a in scene.shapes:
         for b in scene.shapes:
@@ -107,7 +107,7 @@ def ask_relation(rng, scene: Scene) -> list:
 
 
 def ask_side(rng, scene: Scene) -> list:
-    """The half of the image that a shape lies in, if it is clear of the middle."""
+    """Ask in which half of the image a shape lies, if it is clear of the middle."""
     name, _, box = rng.choice(scene.shapes)
     pairs = []
     for axis, low, high in ((0, "on the left side", "on the right side"),
@@ -125,7 +125,7 @@ def ask_side(rng, scene: Scene) -> list:
 
 
 def ask_half(rng, scene: Scene) -> list:
-    """Of two shapes, one in each half of the image, which: what MME's position asks."""
+    """Ask which of two shapes lies in a half of the image, as MME's position does."""
     axis, where = rng.choice([(0, "on the left side"), (1, "at the top")])
     low = [shape.name for shape in scene.shapes if half_of(shape.box, scene, axis) == "low"]
     high = [shape.name for shape in scene.shapes if half_of(shape.box, scene, axis) == "high"]
@@ -138,14 +138,14 @@ def ask_half(rng, scene: Scene) -> list:
 
 
 def ask_open(rng, scene: Scene) -> list:
-    """Answered with a word instead of yes or no."""
+    """Ask what is answered with a word instead of yes or no."""
     name, color, _ = rng.choice(scene.shapes)
     return [(f"What color is the {name}?", color),
             ("How many shapes are in this image?", NUMBERS[len(scene.shapes)])]
 
 
 def ask_more(rng, scene: Scene) -> list:
-    """Where a shape lies, and the ways back: from a word to its color, from a color to a shape."""
+    """Ask where a shape lies, and back: from a word to its color, from a color to its shape."""
     name, color, box = rng.choice(scene.shapes)
     text, word_color, _ = rng.choice(scene.words)
     x, y = center(box)
@@ -167,7 +167,7 @@ def center(box: tuple) -> tuple[float, float]:
 
 
 def half_of(box: tuple, scene: Scene, axis: int) -> str:
-    """"low" for left or top, "high" for right or bottom, "" for too near to the middle."""
+    """Return "low" for left or top, "high" for right or bottom, "" for too near to the middle."""
     middle = scene.image.size[axis] / 2
     place = center(box)[axis]
     if place < middle - CLEAR:
@@ -178,7 +178,7 @@ def half_of(box: tuple, scene: Scene, axis: int) -> str:
 # ---- what a stage of the training asks, besides what every word says -----------------------------
 
 def one(ask):
-    """Asks one of its questions, at random."""
+    """Ask one of its questions, at random."""
     def pick(rng, scene):
         asked = ask(rng, scene)
         return [rng.choice(asked)] if asked else []
@@ -199,7 +199,7 @@ MORE_COLOR = [*PAIRS_AND_OPEN, ask_color, ask_color]
 
 
 def training_questions(rng, scene: Scene, asked: list, words_first: bool) -> list:
-    """What every word says, and what each function asks, in random order."""
+    """Ask what every word says, and what each function asks, in random order."""
     words = ask_text(rng, scene)
     mixed = [] if words_first else list(words)
     for ask in asked:
@@ -216,7 +216,7 @@ MME_SIZES = 2 * (SQUARE + OBLONG) + LONGEST     # one in eight is longer than an
 
 
 def make_mme(folder: Path, images: int = 40):
-    """Writes the official MME layout: images of each subtask, each with a Yes and a No."""
+    """Write the official MME layout: images of each subtask, each with a Yes and a No."""
     for subtask, ask in MME.items():
         make_subtask(folder / subtask, ask, images)
 
@@ -237,7 +237,7 @@ def make_subtask(folder: Path, ask, images: int):
 
 
 def make_textvqa(folder: Path, images: int = 160):
-    """Writes the official TextVQA layout: a question about each word, ten annotators who agree."""
+    """Write the official TextVQA layout: a question about each word, ten annotators who agree."""
     (folder / "train_images").mkdir(parents=True, exist_ok=True)
     rng = random.Random("textvqa")
     data = []

@@ -1,6 +1,6 @@
-"""Draws a scene: one or two words and one to four shapes, at free places and of free sizes.
+"""Draw a scene: one or two words and one to four shapes, at free places and of free sizes.
 
-The random numbers passed in alone decide what is drawn: the same seed gives the same pixels.
+Only the random numbers passed in decide what is drawn: the same seed gives the same pixels.
 """
 import math
 import random
@@ -43,7 +43,7 @@ class Scene:
 
 
 def draw_scene(rng: random.Random, test: bool, size: tuple[int, int] = SQUARE[0]) -> Scene:
-    """A scene on an image of that width and height; test: with words that no training image has."""
+    """Draw a scene on an image of that width and height; test: with words of no training image."""
     while True:
         word_colors = rng.sample(COLORS, rng.choice([1, 2]))
         texts = [new_word(rng, test) for _ in word_colors]
@@ -68,8 +68,8 @@ def draw_scene(rng: random.Random, test: bool, size: tuple[int, int] = SQUARE[0]
 
 
 def new_word(rng: random.Random, test: bool) -> str:
-    """Three to six glyphs. One word in eight is for test images alone, so that no training image
-    is ever a test image."""
+    """Draw three to six glyphs. One word in eight is only for test images, so that no training
+    image is ever a test image."""
     while True:
         word = "".join(rng.choices(GLYPHS, k=rng.choice([3, 4, 4, 5, 5, 6])))
         for_test = zlib.crc32(word.encode()) % 8 == 0
@@ -78,7 +78,7 @@ def new_word(rng: random.Random, test: bool) -> str:
 
 
 def find_room(rng: random.Random, sides: list, size: tuple[int, int]) -> list[tuple]:
-    """A box for each width and height, no two touching; fewer boxes where there is no room."""
+    """Place a box for each width and height, no two touching; fewer where there is no room."""
     boxes = []
     for w, h in sides:
         if w + 2 > size[0]:                             # every image is high enough
@@ -94,14 +94,14 @@ def find_room(rng: random.Random, sides: list, size: tuple[int, int]) -> list[tu
 
 
 def touch(p: tuple, q: tuple) -> bool:
-    """Whether two boxes overlap or have no row or column of pixels between them."""
+    """Return whether two boxes overlap or have no row or column of pixels between them."""
     beside = p[2] + 1 < q[0] or q[2] + 1 < p[0]
     above = p[3] + 1 < q[1] or q[3] + 1 < p[1]
     return not beside and not above
 
 
 def draw_background(rng: random.Random, size: tuple[int, int]) -> Image.Image:
-    """Light paper with a slow gradient and a few pale strokes."""
+    """Draw light paper with a slow gradient and a few pale strokes."""
     one_end = tuple(rng.randint(205, 255) for _ in range(3))
     other_end = tuple(rng.randint(205, 255) for _ in range(3))
     ramp = Image.linear_gradient("L").rotate(rng.choice([0, 90, 180, 270])).resize(size)
@@ -116,7 +116,7 @@ def draw_background(rng: random.Random, size: tuple[int, int]) -> Image.Image:
 
 
 def draw_word(draw, text: str, rgb: tuple, box: tuple) -> list:
-    """Draws each glyph in the middle of its own cell; -> (glyph, cell) of each."""
+    """Draw each glyph in the middle of its own cell -> (glyph, cell) of each."""
     left, top, right, bottom = box
     step = (right - left) / len(text)
     cells = []

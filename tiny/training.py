@@ -1,9 +1,10 @@
-"""How the models are trained: the losses, the loop, and the doubling of layers.
+"""Train the models: the losses, the loop, and the doubling of layers.
 
 The loss is next-token cross entropy on the answers. Every row passes every layer, every visual
 token included: nothing here knows about pruning.
 """
 import math
+import os
 import re
 import time
 from pathlib import Path
@@ -20,16 +21,17 @@ from tiny.scenes import GLYPHS
 from tiny.vocabulary import COLORS, NUMBERS, SHAPES
 
 WORK = Path(__file__).resolve().parent / "work"     # checkpoints and a log; not part of the project
+LOADERS = max(1, (os.cpu_count() or 1) // 2)        # processes that draw images
 
 
 def train(module: nn.Module, loss: Callable, batches: Batches, device: torch.device):
-    """One stage: AdamW, 100 steps of warm-up, cosine decay. loss: the tensors of a batch -> scalar.
+    """Train one stage: AdamW, 100 steps of warm-up, cosine decay. loss: of the tensors of a batch.
 
-    A checkpoint every 100 steps, from which an interrupted run goes on, to the same weights.
+    Writes a checkpoint every 100 steps. An interrupted run resumes from it, to the same weights.
     """
     WORK.mkdir(exist_ok=True)
     stage = batches.stage
-    file = WORK / f"{stage.name}.pt"
+    file = WORK / f"{batches.name}.pt"
     opt = torch.optim.AdamW(module.parameters(), stage.rate, (0.9, 0.95), weight_decay=0.05)
     first = 0
     if file.exists():
@@ -38,8 +40,8 @@ def train(module: nn.Module, loss: Callable, batches: Batches, device: torch.dev
         opt.load_state_dict(state["opt"])
         first = state["step"]
     steps = range(first, stage.steps)
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=1,
-                                         prefetch_factor=4)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps,
+                                         num_workers=LOADERS, prefetch_factor=4)
     begun = time.time()
     mean = None
     for step, (grid, *data) in enumerate(loader, first):
@@ -55,7 +57,7 @@ def train(module: nn.Module, loss: Callable, batches: Batches, device: torch.dev
         done = step + 1
         if done % 100 == 0 or done == stage.steps:
             minutes = (time.time() - begun) / 60
-            log(f"{stage.name}: step {done}/{stage.steps}, loss {mean:.4f}, {minutes:.1f} min")
+            log(f"{batches.name}: step {done}/{stage.steps}, loss {mean:.4f}, {minutes:.1f} min")
             state = {"module": module.state_dict(), "opt": opt.state_dict(), "step": done}
             torch.save(state, file.with_suffix(".new"))
             file.with_suffix(".new").replace(file)      # whole, or not at all
@@ -76,7 +78,7 @@ def log(line: str):
 # ---- losses --------------------------------------------------------------------------------------
 
 def answer_loss(model, layer: Callable, grid, pixels, ids, pos, block, targets) -> Tensor:
-    """Of packed questions (batches.py). layer: `masked_layer`, as it stands here or compiled."""
+    """Return the loss of packed questions (batches.py). layer: `masked_layer`, or it compiled."""
     if isinstance(model, model_qwen.Qwen):
         rotate = model_qwen.rotate
         decoder = model.model
@@ -101,7 +103,7 @@ def answer_loss(model, layer: Callable, grid, pixels, ids, pos, block, targets) 
 
 
 def visible(block: Tensor) -> Tensor:
-    """(B, 1, T, T): a row sees the rows before it of its own question and the shared beginning."""
+    """Return (B, 1, T, T): a row sees the rows before it of its own question and the beginning."""
     T = block.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=block.device).tril()
     same = (block[:, :, None] == block[:, None]) | (block[:, None] == 0)
@@ -109,7 +111,7 @@ def visible(block: Tensor) -> Tensor:
 
 
 def masked_layer(layer: nn.Module, x: Tensor, rope, mask: Tensor, rotate: Callable) -> Tensor:
-    """What a decoder layer of either model computes, with a mask, which the models do without."""
+    """Run a decoder layer of either model with a mask, which the models do without."""
     attn = layer.self_attn
     B, T, _ = x.shape
     y = layer.input_layernorm(x)
@@ -122,7 +124,7 @@ def masked_layer(layer: nn.Module, x: Tensor, rope, mask: Tensor, rotate: Callab
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """softmax(QK^T)V spelled out: the backward pass of the fused one is slow on a CPU."""
+    """Spell softmax(QK^T)V out: the backward pass of the fused one is slow on a CPU."""
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
@@ -150,8 +152,8 @@ class LabelHeads(nn.Module):
 
 
 def label_loss(model: model_qwen.Qwen, grid, pixels: Tensor, labels: Tensor) -> Tensor:
-    """The same of Qwen, and the half each token lies in, said in the decoder's own words: there are
-    no heads to throw away."""
+    """Return the same loss for Qwen, with the half each token lies in, in the decoder's own words:
+    there are no heads to throw away."""
     x = model.visual(pixels, grid)[0]
     choices = [list(GLYPHS)]
     for words in (NUMBERS[1:], COLORS, SHAPES, ["top", "bottom"], ["left", "right"]):
@@ -168,7 +170,7 @@ def label_loss(model: model_qwen.Qwen, grid, pixels: Tensor, labels: Tensor) -> 
 # ---- speed and depth -----------------------------------------------------------------------------
 
 def speed_up(blocks):
-    """Compiles the blocks of a tower, and spells their attention out. It lasts: only make.py, which
+    """Compile the blocks of a tower, and spell their attention out. It lasts: only make.py, which
     does nothing else, may call it."""
     F.scaled_dot_product_attention = attention
     torch._dynamo.config.recompile_limit = 64       # one version of a block for each image size
@@ -177,8 +179,8 @@ def speed_up(blocks):
 
 
 def double(model, make: Callable):
-    """A model with every decoder layer twice in a row, each adding half of what it did: to first
-    order the same function. make: (layers, tokenizer) -> model."""
+    """Return a model with every decoder layer twice in a row, each adding half of what it did: to
+    first order the same function. make: (layers, tokenizer) -> model."""
     state = {}
     for name, p in model.state_dict().items():
         layer = re.fullmatch(r"((?:language_)?model\.layers\.)(\d+)(\..*)", name)

@@ -1,6 +1,6 @@
 """What is drawn and asked about, in words, and the tokenizers of the two models.
 
-Both are the published tokenizers in small: the same normaliser, special tokens and decoder. A word
+Both are the published tokenizers in small: the same normalizer, special tokens and decoder. A word
 of a question is one token; every other text is one token a character (LLaVA) or a byte (Qwen).
 """
 from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers,
