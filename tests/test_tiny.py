@@ -1,40 +1,27 @@
 """The built-in benchmarks are what tiny/make.py makes, and its training computes what it should."""
 import random
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from checkpoints import ONE_OF_EACH, load
+from samples import QUESTIONS, images
 
-import model_llava
-import model_qwen
+import tokprune
+from information import token_information
 from support import checkpoint
 from support.benchmarks import load_benchmark
-from tiny import batches, make, questions, training
-from tiny.batches import CHATML, UNASKED, VICUNA, Batches
+from tiny import agreement, make, training
+from tiny.batches import CHATML, VICUNA, Batches
 from tiny.scenes import draw_scene
 from tiny.vocabulary import llava_tokenizer, qwen_tokenizer
 
 TINY = Path(__file__).parents[1] / "tiny"
-
-
-@pytest.fixture(params=["llava", "qwen"])
-def name(request):
-    return request.param
-
-
-@pytest.fixture
-def trained(name):
-    """A built-in model, and the first batch of its last stage, of one image."""
-    model = checkpoint.load_model(TINY / name)
-    if name == "llava":
-        stage = replace(make.LLAVA_STAGES[-1], images=1)
-        batch = Batches(stage, VICUNA, llava_tokenizer())[0]
-    else:
-        stage = replace(make.QWEN_STAGES[-1], images=1)
-        batch = Batches(stage, CHATML, qwen_tokenizer())[0]
-    return model, batch
 
 
 # ---- benchmarks ----------------------------------------------------------------------------------
@@ -51,13 +38,15 @@ def test_builtin_benchmarks_have_the_official_layout_and_size():
     assert all(len(question.answers) == 10 for question in text)
 
 
-def test_the_first_images_and_questions_are_made_again_byte_for_byte(tmp_path):
-    questions.make_mme(tmp_path / "mme", images=3)
-    questions.make_textvqa(tmp_path / "textvqa", images=3)
-    files = [file for file in tmp_path.rglob("*") if file.suffix in (".jpg", ".txt")]
-    assert len(files) == 5 * 6 + 3
-    for file in files:
-        assert file.read_bytes() == (TINY / file.relative_to(tmp_path)).read_bytes(), file
+def test_builtin_benchmarks_are_byte_for_byte_what_make_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make.py", "--data"])
+    make.main()
+    for benchmark in ("mme", "textvqa"):
+        made, want = ({file.relative_to(folder): file.read_bytes()
+                       for file in (folder / benchmark).rglob("*") if file.is_file()}
+                      for folder in (tmp_path, TINY))
+        assert made == want
 
 
 def test_no_test_image_can_be_a_training_image():
@@ -73,109 +62,89 @@ def test_no_test_image_can_be_a_training_image():
         assert zlib.crc32(question.gold_normalised.encode()) % 8 == 0
 
 
-def test_a_training_batch_shows_no_test_image(monkeypatch):
-    asked_for = []
-
-    def draw(rng, test, size):
-        asked_for.append(test)
-        return draw_scene(rng, test, size)
-    monkeypatch.setattr(batches, "draw_scene", draw)
-    Batches(replace(make.LLAVA_STAGES[0], images=2), VICUNA, llava_tokenizer())[0]
-    assert asked_for == [False, False]
-
-
 # ---- training ------------------------------------------------------------------------------------
 
-def test_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatch):
-    """120 steps in one go, and stopped between the checkpoint at step 100 and the end."""
-    stage = replace(make.LLAVA_STAGES[0], steps=120, decay=120, images=1)
-    data = Batches(stage, VICUNA, llava_tokenizer())
-    model = make.make_llava(1, llava_tokenizer())
-    config = replace(model.config.vision, hidden_size=32, intermediate_size=64)
-
-    def train(folder, stop_at=None):
-        monkeypatch.setattr(training, "WORK", folder)
-        torch.manual_seed(0)
-        tower = model_llava.VisionTower(config, 1)
-        heads = training.LabelHeads(32)
-        calls = []
-
-        def loss(grid, pixels, labels):
-            calls.append(grid)
-            if len(calls) == stop_at:
-                raise KeyboardInterrupt
-            return heads.loss(tower, pixels, labels)
-        module = torch.nn.ModuleList([tower, heads])
-        training.train(module, loss, data, torch.device("cpu"))
-        return module.state_dict(), len(calls)
-    want, steps = train(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stopped", stop_at=110)
-    got, rest = train(tmp_path / "stopped")
-    assert (steps, rest) == (120, 20)
-    assert all(want[name].equal(got[name]) for name in want)
-
-
-def test_doubled_layers_compute_nearly_the_same(name):
-    """To first order: where branches add little, doubling changes a small part of even that."""
-    make_model = {"llava": make.make_llava, "qwen": make.make_qwen}[name]
-    tokenizer = {"llava": llava_tokenizer, "qwen": qwen_tokenizer}[name]()
-    torch.manual_seed(0)
-    model = make_model(2, tokenizer).eval().requires_grad_(False)
-    for key, p in model.named_parameters():
-        in_decoder = ".layers." in key and "tower" not in key
-        if in_decoder and key.endswith(("o_proj.weight", "down_proj.weight")):
-            p /= 100
-    doubled = training.double(model, make_model).eval().requires_grad_(False)
-    image = draw_scene(random.Random(0), test=False).image
-    want = model.run(model.begin(image, "What does the red word say?"))
-    got = doubled.run(doubled.begin(image, "What does the red word say?"))
-    added = (want.x - want.embeds).norm()
-    assert doubled.num_layers == 4 and (got.x - want.x).norm() < 0.1 * added
-
-
-# ---- the loss ------------------------------------------------------------------------------------
-
-def loss_of(model, grid, pixels, *columns):
-    return training.answer_loss(model, training.masked_layer, grid.tolist(), pixels, *columns)
-
-
-def test_a_built_in_model_answers_what_it_was_trained_on(trained):
+@pytest.mark.parametrize("name, stage, chat, tokenizer",
+                         [("llava", make.LLAVA_STAGES[-1], VICUNA, llava_tokenizer),
+                          ("qwen", make.QWEN_STAGES[-1], CHATML, qwen_tokenizer)])
+def test_a_built_in_model_answers_what_it_was_trained_on(name, stage, chat, tokenizer):
     """Prompt, pixels, positions and targets of a batch are those that the models were trained with:
     targets one row off would cost about 8."""
-    model, batch = trained
-    assert loss_of(model, *batch) < 0.2
+    model = checkpoint.load_model(TINY / name)
+    grid, *data = Batches(replace(stage, images=1), chat, tokenizer())[0]
+    assert training.answer_loss(model, training.masked_layer, grid.tolist(), *data) < 0.2
 
 
-def test_a_packed_question_has_the_loss_it_has_alone(trained):
-    """Of many questions packed behind one image: same ids, same positions, same logits."""
-    model, (grid, pixels, *columns) = trained
-    block = columns[2]
-    total = 0
-    count = 0
-    for number in range(1, block.max() + 1):
-        rows = (block[0] == 0) | (block[0] == number)
-        alone = [column[..., rows] for column in columns]
-        asked = (alone[3] != UNASKED).sum()
-        total += asked * loss_of(model, grid, pixels, *alone)
-        count += asked
-    assert block.max() > 3
-    packed = loss_of(model, grid, pixels, *columns)
-    torch.testing.assert_close(packed, total / count, rtol=1e-3, atol=1e-4)     # order of the sums
+def test_training_steps_change_the_weights_and_are_not_taken_again(tmp_path, monkeypatch):
+    """Another seed sees other images, and begins a checkpoint of its own."""
+    monkeypatch.setattr(training, "WORK", tmp_path)
+    monkeypatch.setattr(training, "LOADERS", 0)
+    monkeypatch.setattr(training.torch.utils.data, "DataLoader",
+                        lambda batches, sampler, **_: map(batches.__getitem__, sampler))
+    model = make.make_llava(1, llava_tokenizer())
+    stage = replace(make.LLAVA_STAGES[-1], name="short", steps=2, images=1)
+    seen = []
+
+    def loss(grid, pixels, *rows):
+        seen.append(pixels)
+        return training.answer_loss(model, training.masked_layer, grid, pixels, *rows)
+
+    def train(seed):
+        batches = Batches(stage, VICUNA, llava_tokenizer(), seed)
+        training.train(model, loss, batches, torch.device("cpu"))
+        return {name: p.clone() for name, p in model.state_dict().items()}
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    after = train(seed=0)
+    assert not any(p.equal(before[name]) for name, p in after.items())
+    again = train(seed=0)
+    assert len(seen) == 2 and all(p.equal(after[name]) for name, p in again.items())
+    train(seed=1)
+    assert len(seen) == 4 and not seen[2].equal(seen[0])
+    assert {file.name for file in tmp_path.iterdir()} == {"log.txt", "short.pt", "short-1.pt"}
 
 
-def test_the_training_layer_is_the_models_own_where_nothing_is_packed(name, trained):
-    model, _ = trained
-    image = draw_scene(random.Random(0), test=False).image
-    stream = model.begin(image, "What does the red word say?")
-    T = stream.x.shape[1]
-    mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
-    rope = model.cos_sin(stream.pos, torch.float32)
-    if name == "llava":
-        layer, rotate = model.language_model.layers[0], model_llava.rotate
-    else:
-        layer, rotate = model.model.layers[0], model_qwen.rotate
-    with torch.inference_mode():
-        got = training.masked_layer(layer, stream.x, rope, mask, rotate)
-    want = model.run(stream, stop=1).x
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)     # another kernel, float32
+# ---- agreement -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("a, b, want", [
+    ([1, 2, 3], [10, 20, 90], 1), ([1, 2, 3], [3, 2, 1], -1), ([1, 2, 3, 4], [1, 3, 2, 4], 0.8),
+    ([1, 1, 2], [5, 5, 9], 1), ([1, 2, 2, 3], [1, 2, 3, 4], 0.9486833), ([1, 1], [1, 2], np.nan)])
+def test_rank_correlation_worked_by_hand(a, b, want):
+    """0.8 = 1 - 6 * 2 / (4 * 15); equal values share the mean of their ranks."""
+    got = agreement.rank_correlation(torch.tensor(a), torch.tensor(b))
+    assert got == pytest.approx(want, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_scores_are_ranked_against_the_information_of_single_tokens(name, monkeypatch):
+    """Each of its own layer: a score that is the exact one agrees wholly, its negative not at all.
+    The model's own answer counts only where it is wrong."""
+    model = load(name)
+    stream = model.begin(images()["whole"], QUESTIONS[1])
+    exact = token_information(model, stream, "ab", [1, 2], 1, target="answer").flatten(1)
+    monkeypatch.setattr(agreement, "LAYERS", [1, 2])
+    monkeypatch.setattr(agreement, "read_image", lambda picture: images()[picture])
+    monkeypatch.setattr(agreement, "attention_of_raters", lambda view: 2 * exact[view.layer - 1])
+    monkeypatch.setattr(tokprune, "saliency_of", lambda _: -exact[0])
+    found = {}
+    for own in ("ab", "No"):
+        monkeypatch.setattr(model, "decode", lambda stream: [own])
+        question = SimpleNamespace(image="whole", prompt=QUESTIONS[1], gold_normalised="Y",
+                                   gold_written="ab", points=lambda answer: answer == "ab")
+        found[own] = agreement.correlations(model, question)
+    assert found["No"].keys() - found["ab"].keys() == {
+        "information of the own answer, where it is wrong"}
+    found = found["ab"]
+    assert found["attention of SparseVLM's raters"] == pytest.approx([1, 1])
+    assert found["saliency of the tower"][0] == pytest.approx(-1)
+    assert -1 < found["saliency of the tower"][1] < 1
+    first = token_information(model, stream, "Y", [1, 2], 1).flatten(1)
+    want = agreement.rank_correlation(first[1], exact[1])
+    assert found["information of the first token"][1] == pytest.approx(want)
+
+
+def test_agreement_is_averaged_where_there_is_a_correlation(monkeypatch, capsys):
+    monkeypatch.setattr(agreement, "LAYERS", [6, 10])
+    found = [{"x": [0.5, np.nan]}, {"x": [0.1, np.nan], "y": [0.2, 0.3]}, {"x": [np.nan, np.nan]}]
+    agreement.print_table("mme", found, np.arange(3))
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert rows == ["| x | 2 | 0.30 ± 0.20 | - |", "| y | 1 | 0.20 | 0.30 |"]
