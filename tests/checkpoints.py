@@ -1,4 +1,4 @@
-"""The small random checkpoints whose computation the make_golden scripts recorded, each read once,
+"""The small random checkpoints whose computation make_golden.py recorded, each read once,
 and what the tests need to know of either model."""
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Every model equals transformers 5.23 on the recordings of the make_golden scripts."""
+"""Every model equals transformers 5.23 on the recordings of make_golden.py."""
 import json
 
 import pytest
