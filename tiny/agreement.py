@@ -85,16 +85,20 @@ def print_table(benchmark: str, found: list[dict], image: np.ndarray):
     unknown = [np.nan] * len(LAYERS)
     for name in {name: None for question in found for name in question}:
         table = np.array([question.get(name, unknown) for question in found])
-        known = ~np.isnan(table)
-        cells = []
-        for values, has in zip(table.T, known.T):
-            if not has.any():
-                cells.append("-")
-                continue
-            clusters = np.unique(image[has], return_inverse=True)[1]
-            error = standard_error(values[has], clusters)
-            cells.append(f"{values[has].mean():.2f}" + (f" ± {error:.2f}" if error else ""))
-        print(f"| {name} | {known.any(1).sum()} |", " | ".join(cells), "|")
+        questions = (~np.isnan(table)).any(1).sum()
+        cells = [mean_and_error(column, image) for column in table.T]
+        print(f"| {name} | {questions} |", " | ".join(cells), "|")
+
+
+def mean_and_error(values: np.ndarray, image: np.ndarray) -> str:
+    """Write mean ± standard error, clustered by image, of the values that are not nan."""
+    known = ~np.isnan(values)
+    if not known.any():
+        return "-"
+    clusters = np.unique(image[known], return_inverse=True)[1]
+    error = standard_error(values[known], clusters)
+    mean = f"{values[known].mean():.2f}"
+    return mean if error is None else f"{mean} ± {error:.2f}"
 
 
 def main(folder: Path):
