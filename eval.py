@@ -257,7 +257,7 @@ def parse_arguments(argv: list[str]):
     group = flags.add_output_flags(p)
     group.add_argument("--plot", type=Path, metavar="SVG", help="draw score against layer")
     args = p.parse_args(argv)
-    if args.schedule and (args.method or args.layer or args.ratio is not None):
+    if args.schedule and (args.method, args.layer, args.ratio) != (None, None, None):
         raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
     if args.plot and args.schedule:
         raise InputError("--plot: draws score against layer; want --layer and --ratio, not "
@@ -285,9 +285,9 @@ def parse_cells(args, L: int) -> list[Cell]:
 def rows_of_methods(args, L: int) -> list[tuple]:
     """Return (name, schedule, ()) for each method that can act at each layer."""
     ratio = 0.9 if args.ratio is None else args.ratio
-    names = args.method.split(",") if args.method else METHODS
+    names = METHODS if args.method is None else args.method.split(",")
     rows = []
-    for layer in flags.parse_layers(args.layer or "20", L):
+    for layer in flags.parse_layers("20" if args.layer is None else args.layer, L):
         for method in dict.fromkeys(["none", "random", *names]):
             # a method that cannot act at layer 0 is left out, unless both were asked for by name
             named = args.method and args.layer != "all"
