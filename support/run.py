@@ -184,6 +184,7 @@ def collect(out: Path, benchmark: str, questions: list, model, work, at_once) ->
                if not any(question.id in ids for ids in known)]
     mine = missing[RANK::WORLD]
     file = out / ("answers.jsonl" if WORLD == 1 else f"answers.rank{RANK}.jsonl")
+    remove_half_line(file)
     began = time.time()
     done = 0
     total = 0.0
@@ -202,6 +203,7 @@ def collect(out: Path, benchmark: str, questions: list, model, work, at_once) ->
         records |= of_process
     if RANK == 0:
         merge(out, benchmark, questions, records)
+    barrier()                                           # nobody lists files while they are merged
     failed = [question for question in questions if question.id not in records]
     if failed:
         raise InputError(f"{benchmark}: memory ran out on {len(failed)} of {len(questions)} "
@@ -272,6 +274,14 @@ def merge(out: Path, benchmark: str, questions: list, records: dict[str, dict]):
     write_text(out / "answers.jsonl", "".join(dict.fromkeys(lines)))
     for file in out.glob("answers.rank*.jsonl"):
         file.unlink()
+
+
+def remove_half_line(file: Path):
+    """Remove a last line that is cut off, so that the next record begins a line of its own."""
+    if file.exists():
+        text = read_text(file)
+        if not text.endswith("\n"):
+            write_text(file, text[:text.rfind("\n") + 1])
 
 
 def append(file: Path, record: dict):
