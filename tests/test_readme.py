@@ -12,9 +12,8 @@ import bench
 import demo
 import eval as evaluation
 import information
-from support import runs
+from support.run import ROOT
 
-ROOT = runs.ROOT
 TINY = ROOT / "tiny"
 READMES = [ROOT / "README.md", TINY / "README.md", ROOT / "tests" / "README.md"]
 READMES = [file for file in READMES if file.exists()]
@@ -25,10 +24,9 @@ NOT_HERE = {
     "python3 -m venv": "installs packages; .ci/run does it",
     "pip install": "installs packages",
     "python -m pytest": "runs the tests",
-    "python tests/kill_and_resume.py": "takes minutes; test_runs.py runs what it does",
     "python tests/make_golden": "needs transformers",
     "python tiny/make.py": "trains for hours; test_tiny.py runs parts of it",
-    "python bench.py --parts transformers": "needs transformers",
+    "python bench.py --against transformers": "needs transformers",
     "huggingface-cli download": "needs the network",
     "hf download": "needs the network",
 }
@@ -68,8 +66,6 @@ def elsewhere(tmp_path, monkeypatch):
     Path("tiny").symlink_to(TINY)
     Path("tests").mkdir()                               # a picture may be written there
     official_files(Path("benchmarks"))
-    Path("answers.jsonl").write_text(json.dumps(
-        {"question_id": "1", "prompt": "What?\nAnswer the question.", "text": "a"}) + "\n")
     own = {"image": "cat.jpg", "question": "Is there a cat?", "answers": ["x"], "metric": "exact"}
     Path("mine.jsonl").write_text("".join(json.dumps(own | {"id": i}) + "\n" for i in range(3)))
     Image.new("RGB", (90, 60), "orange").save("cat.jpg")
@@ -96,22 +92,18 @@ def shortened(words: list[str], program: str) -> list[str]:
         Path(model).symlink_to(stand_in(model))
     replace_value(words, "--out", "out")
     if "--plot" in words:
-        replace_value(words, "--plot", "plot.png")
+        replace_value(words, "--plot", "plot.svg")
     if program == "bench.py":
         replace_value(words, "--rounds", "1")
         words.append("--smoke")
-    if program in ("eval.py", "information.py") and "--score" not in words:
+    if program in ("eval.py", "information.py"):
         replace_value(words, "--limit", "1")
-        if "horizon" in " ".join(words) or "--budget" in words:
-            replace_value(words, "--calibrate", "3")
-            if "--bench" not in words:
-                words += ["--bench", "mme"]
     if program == "information.py" and value_after(words, "--layer") in (None, "all"):
         replace_value(words, "--layer", "22")
         replace_value(words, "--window", "4")
-    if program == "eval.py" and "--score" not in words:
+    if program == "eval.py":
         replace_value(words, "--seeds", "1")
-        if not {"--method", "--schedule", "--budget"} & set(words):
+        if not {"--method", "--schedule"} & set(words):
             words += ["--method", "dart,info"]          # all of them: test_eval.py
         if value_after(words, "--layer") == "all":
             replace_value(words, "--layer", "2,20")

@@ -1,4 +1,4 @@
-"""Schedules, budgets and FLOPs; the names that schedules are made of."""
+"""Schedules, the loop over them, and FLOPs; the names that schedules are made of."""
 import re
 
 import pytest
@@ -10,29 +10,33 @@ from torch.utils.flop_counter import FlopCounterMode
 import information
 import tokprune
 from support.made_up import decoder_of
-from tokprune import (METHODS, InputError, at_budget, format_schedule, parse_schedule, prefill,
-                      prune)
+from tokprune import METHODS, InputError, format_schedule, keep, parse_schedule, prefill, prune
 
 
 @pytest.mark.parametrize("text, want", [
     ("", []), ("dart@2=252 random@20=38", [(2, "dart", 252), (20, "random", 38)]),
     ("divprune@0:0.5 random@20:.9", [(0, "divprune", 0.5), (20, "random", 0.9)]),
-    ("random@3:1", [(3, "random", 1.0)])])
+    ("random@3:1", [(3, "random", 1.0)]),
+    ("dart@2=20 none@17", [(2, "dart", 20), (17, "none", 0)])])
 def test_schedules_parse_and_a_ratio_is_never_taken_for_a_count(text, want):
     got = parse_schedule(text)
     assert got == want and parse_schedule(format_schedule(want)) == want
+    assert "none@17=" not in format_schedule(want)
     assert [type(amount) for _, _, amount in got] == [type(amount) for _, _, amount in want]
 
 
 @pytest.mark.parametrize("text, message", [
-    ("dart", "does not parse"), ("dart@2", "does not parse"), ("dart@x:0.5", "does not parse"),
+    ("dart", "does not parse"), ("dart@x:0.5", "does not parse"),
     ("dart@2:0.5.5", "does not parse"), ("dart@-1:0.5", "does not parse"),
     ("nothing@2:0.5", "unknown method 'nothing'"), ("dart@2:1.5", "want 0..1"),
     ("dart@5:0.5 random@5:0.9", "must ascend"), ("dart@5:0.5 random@2:0.9", "must ascend"),
+    ("dart@2", "how many tokens stay"), ("none@17:0.9", "none keeps nothing; want none@17"),
+    ("none@17=0", "none keeps nothing; want none@17"),
     ("fastv@0:0.5", "cannot act at layer 0")])
 def test_schedules_that_do_not_parse_or_ascend_are_named(text, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as e:
         parse_schedule(text)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("schedule, mean", [
@@ -58,52 +62,6 @@ def test_tokens_that_left_do_not_come_back():
     assert tokprune.visual_tokens(schedule, 60, 5) == [9, 9, 9, 6, 6]
 
 
-@pytest.mark.parametrize("method, first, kept, past", [("dart", 2, 252, 39),
-                                                       ("divprune", 0, 284, 38)])
-def test_a_third_is_divided_as_the_official_code_divides_it(method, first, kept, past):
-    """576 tokens, 32 layers; its 38 for DART is 39 where the method alone is rounded up."""
-    schedule = at_budget(method, 1 / 3, 20, 576, 32)[1]
-    found = [(layer, name, tokprune.number_kept(amount, 576)) for layer, name, amount in schedule]
-    assert found == [(first, method, kept), (20, "random", past)]
-
-
-@pytest.mark.parametrize("N", [64, 576, 16384])
-def test_a_budget_is_kept_to_the_token_and_its_schedule_can_be_typed(N):
-    """Qwen sees an image as 16,384 tokens at most."""
-    for n in range(1, N, 1 if N < 1000 else 7):
-        ratio = tokprune.fraction_removed(n, N)
-        assert tokprune.number_kept(ratio, N) == n
-        assert parse_schedule(tokprune.format_schedule([(2, "dart", ratio)]))[0][2] == ratio
-
-
-@pytest.mark.parametrize("budget, first", [(1 / 9, 1), (1 / 5, 1), (1 / 4, 2), (1 / 3, 2)])
-def test_two_whole_layers_are_at_most_a_quarter_of_the_budget(budget, first):
-    """Of 32 layers, a ninth is 3.6 whole ones; 2 fit a quarter of it from 8 on, a budget of 1/4."""
-    schedules = at_budget("dart", budget, 20, 576, 32)
-    assert [schedule[0][0] for schedule in schedules] == [first] * 3
-
-
-@pytest.mark.parametrize("method, budget, layer, message", [
-    ("dart", 1 / 3, 2, "random cannot follow dart, which starts at layer 2"),
-    ("dart", 1 / 32, 20, "does not fit dart from layer 1 on"),
-    ("divprune", 1 / 1000, 20, "keep 1 alone, 1 and 0, 1 and 0, of 576 tokens"),
-    ("divprune", 0.9, 20, "768 and 104, 830 and 0, of 576 tokens")])
-def test_a_budget_that_does_not_fit_is_refused(method, budget, layer, message):
-    with pytest.raises(InputError, match=message):
-        at_budget(method, budget, layer, 576, 32)
-
-
-@pytest.mark.parametrize("N, L, layer", [(576, 32, 20), (72, 28, 27), (2048, 28, 22)])
-@pytest.mark.parametrize("budget", [1 / 2, 1 / 9])
-@pytest.mark.parametrize("method", ["dart", "divprune"])
-def test_a_combination_never_has_more_tokens_than_the_method_alone(method, budget, N, L, layer):
-    """And at most one token a layer fewer than a budget that is met."""
-    alone, *others = (tokprune.mean_visual_tokens(schedule, N, L)
-                      for schedule in at_budget(method, budget, layer, N, L))
-    assert budget * N <= alone < budget * N + 1
-    assert all(alone - 1 <= mean <= alone for mean in others)
-
-
 def test_prefill_under_a_schedule_keeps_what_it_says():
     """A ratio is of the 16 tokens at first, however many are alive."""
     model = load("llava_grouped")
@@ -117,6 +75,41 @@ def test_prefill_under_a_schedule_keeps_what_it_says():
     assert stream.origin.equal(want.origin)
     assert stream.next_pos == want.next_pos == text + 4
     assert stream.x.equal(model.run(want).x)
+
+
+def test_none_keeps_nothing():
+    model = load("llava_grouped")
+    start = model.begin(images()["whole"], QUESTIONS[0])
+    want = model.run(keep(model.run(start, stop=2), torch.zeros(0, dtype=torch.long)))
+    stream = prefill(model, start, parse_schedule("none@2"))
+    assert stream.x.equal(want.x) and stream.visual[1] == 0
+    assert prune(model, start, "none", 9).visual[1] == 0            # whatever n is
+
+
+def test_methods_and_seeds_in_lists_give_what_each_gives_on_its_own():
+    """Two stages, the second behind three variants; they keep equally many."""
+    model = load("llava_grouped")
+    start = model.begin(images()["whole"], QUESTIONS[0])
+    lists = [(0, ["grid", "random", "random"], 8), (2, ["random", "fastv", "none"], 0)]
+    for first, second in ((lists[0], (2, ["random", "fastv", "dart"], 4)), lists):
+        seeds = [3, 4, 5]
+        stream = prefill(model, start, [first, second], seeds)
+        for b in range(3):
+            stages = [(layer, methods[b], n) for layer, methods, n in (first, second)]
+            alone = prefill(model, start, stages, seeds[b])
+            assert stream.origin[b].equal(alone.origin[0])
+            torch.testing.assert_close(stream.x[b], alone.x[0], rtol=0, atol=1e-5)
+
+
+def test_lists_that_do_not_fit_the_variants_are_refused_with_both_lengths():
+    """`prune(model, stream of 3 variants, ["grid"], 3)` was an IndexError."""
+    model = load("llava_grouped")
+    three = tokprune.expand(model.begin(images()["whole"], QUESTIONS[0]), 3)
+    for methods, seeds in ((["grid", "grid"], 0), ("grid", [0, 1]), (["grid"] * 3, [0, 1])):
+        with pytest.raises(AssertionError, match="2 .*3"):
+            prune(model, three, methods, 3, seeds)
+    with pytest.raises(AssertionError, match="1 .*3"):
+        prune(model, three, ["grid"], 3)
 
 
 def test_flops_equal_what_torch_counts():

@@ -4,7 +4,7 @@ import pytest
 
 from information import horizon
 from support import statistics
-from support.statistics import (cost_elsewhere, gini, horizon_interval, information_by_layer,
+from support.statistics import (FEW, gini, horizon_interval, information_by_layer,
                                 layer_without_information, paired_difference, standard_error)
 
 # ten images of nine questions, ten of one: 100 questions
@@ -46,6 +46,18 @@ def test_paired_interval_is_wider_where_questions_share_an_image():
     assert higher - lower == pytest.approx(2 * (high - low), rel=0.15)
 
 
+def test_under_ten_images_there_is_no_interval():
+    """Two questions about one picture gave the interval [-100.0, -100.0]."""
+    for images in (1, FEW - 1, FEW):
+        image = np.arange(images).repeat(2)
+        scores = np.ones(2 * images)
+        mean, *interval = paired_difference(scores, 0 * scores, image)
+        assert mean == 1 and (interval == [None, None]) == (images < FEW)
+        found = horizon_interval(scores[:, None], image, len)
+        assert found["layer"] == 1 and (found["low"] is None) == (images < FEW)
+        assert (found["high"] is None) == (images < FEW) and (not found["draws"]) == (images < FEW)
+
+
 def test_a_draw_of_images_counts_each_by_its_number_of_questions():
     """Images of nine questions lose all, images of one win all: the mean over questions is -0.8,
     the mean of the images' means 0. A bootstrap that averaged those would lie around 0."""
@@ -84,44 +96,6 @@ def test_a_horizon_moves_with_the_images_that_a_draw_misses():
     assert share == pytest.approx(0.9 ** 10, abs=0.05)          # 2,000 draws: 0.01 is common
 
 
-# ---- what a horizon costs elsewhere --------------------------------------------------------------
-
-def test_a_horizon_costs_what_is_lost_on_the_questions_it_was_not_read_off():
-    """At the layer read off either image, that image loses nothing and the other everything."""
-    curves = np.array([[0.], [1.]])
-    scores = np.array([[1., 1, 0], [1, 0, 1]])                  # unpruned, layers 0 and 1
-
-    def rule(curve):
-        return int(curve[0])
-    assert cost_elsewhere(curves, scores, np.arange(2), rule, questions=1) == 100
-    assert cost_elsewhere(1 - curves, scores, np.arange(2), rule, questions=1) == 0
-
-
-def test_a_model_without_a_horizon_loses_nothing():
-    scores = np.array([[1., 0, 0]] * 4)
-    assert cost_elsewhere(scores, scores, np.arange(4), lambda _: 2, questions=2) == 0
-    assert cost_elsewhere(scores, scores, np.arange(4), lambda _: 1, questions=2) == 100
-
-
-def test_what_cannot_be_lost_has_no_cost():
-    """The others score nothing, or there are no others: no nan reaches the report."""
-    scores = np.array([[0., 0, 0]] * 4)
-    assert cost_elsewhere(scores, scores, np.arange(4), lambda _: 0, questions=2) is None
-    assert cost_elsewhere(scores, scores, np.zeros(4, int), lambda _: 0, questions=2) is None
-
-
-def test_images_are_split_whole_and_hold_about_as_many_questions_as_asked():
-    image = np.arange(6).repeat(2)
-    curves = np.eye(6)[image]                                   # the mean: the share of each image
-    seen = []
-
-    def rule(curve):
-        seen.append(sorted(set(curve.round(9))))
-        return 0
-    cost_elsewhere(curves, np.ones((12, 2)), image, rule, questions=4, splits=20)
-    assert seen == [[0, 0.5]] * 20                              # two images, all of each
-
-
 # ---- information ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("values, want", [
@@ -151,13 +125,12 @@ def test_less_information_than_noise_is_no_share():
     assert row["share"] == row["negative"] == 0
 
 
-@pytest.mark.parametrize("means, noise, want", [
-    ([9, 1, 0.5, 0.001, 0.0], 0, 3),            # layer 1 counts, not layer 0
-    ([9, 1, 0.5, -0.2, 0.0], 0, 4),             # negative information is there, not gone
-    ([9, 1, 0.5, 0.001, 0.02], 0, None),        # it comes again at the end
-    ([9, -1, 0.5, 0, 0], 0, None),              # there was none to lose
-    ([9, 1, 0.5, 0.03, 0.02], 0.05, 3)])        # less than what rounding makes
-def test_information_is_gone_where_it_stays_under_a_hundredth_of_layer_1(means, noise, want):
+@pytest.mark.parametrize("means, want", [
+    ([9, 1, 0.5, 0.001, 0.0], 3),               # layer 1 counts, not layer 0
+    ([9, 1, 0.5, -0.2, 0.0], 4),                # negative information is there, not gone
+    ([9, 1, 0.5, 0.001, 0.02], None),           # it comes again at the end
+    ([9, -1, 0.5, 0, 0], None)])                # there was none to lose
+def test_information_is_gone_where_it_stays_under_a_hundredth_of_layer_1(means, want):
     rows = [{"layer": layer, "mean": mean} for layer, mean in enumerate(means)]
-    assert layer_without_information(rows, noise) == want
-    assert layer_without_information(rows[2:], noise) is None           # nothing to compare with
+    assert layer_without_information(rows) == want
+    assert layer_without_information(rows[2:]) is None                  # nothing to compare with
