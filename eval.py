@@ -17,8 +17,7 @@ from torch import Tensor
 
 from information import MEASURES, calibrate, first_token_is_blank
 from support import report, runs
-from support.answers import score_answers
-from support.benchmarks import TOTALS, Question, images_of, is_overlong, paths_under, score
+from support.benchmarks import Question, images_of, is_overlong, official_totals, score
 from support.files import read_image
 from support.pictures import plot
 from support.records import RANK, collect
@@ -172,7 +171,7 @@ def summarise(model, benchmark: str, questions: list[Question], records: list,
                "standard_error": standard_error(means[schedule], image)}
         row |= differences(group[0], means, image)
         row |= costs(model, group[0], answered)
-        row["totals"] = totals(benchmark, questions, scores[schedule])
+        row["totals"] = totals(questions, scores[schedule])
         row |= odd_answers(group, questions, records)
         rows.append(row)
     return rows
@@ -232,11 +231,9 @@ def costs(model, cell: Cell, answered: list[dict]) -> dict:
             "gflops": float(np.mean(gflops))}
 
 
-def totals(benchmark: str, questions: list[Question], of_seeds: list[list[float]]) -> dict:
+def totals(questions: list[Question], of_seeds: list[list[float]]) -> dict:
     """What the benchmark's paper reports, averaged over seeds; nothing where that is the score."""
-    if benchmark not in TOTALS:
-        return {}
-    each = [TOTALS[benchmark](questions, np.array(scores)) for scores in of_seeds]
+    each = [official_totals(questions, np.array(scores)) for scores in of_seeds]
     means = {}
     for name, value in each[0].items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -286,8 +283,6 @@ def parse_arguments(argv: list[str]):
                             "divergence)")
     group = runs.add_output_flags(p)
     group.add_argument("--plot", type=Path, metavar="PNG", help="draw score against layer")
-    group.add_argument("--score", type=Path, metavar="JSONL",
-                       help="score these answers, made elsewhere: no model runs")
     args = p.parse_args(argv)
     if args.schedule and (args.method or args.layer or args.ratio is not None):
         raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
@@ -410,12 +405,6 @@ def parse_budget(text: str) -> float:
 def main(argv: list[str]) -> int:
     """-> how many questions failed for want of memory."""
     args = parse_arguments(argv)
-    if args.score:
-        data = runs.load_data(args, images=False)
-        result = {"command": args.command}
-        result["benchmarks"] = score_answers(args.score, data, paths_under(args.data))
-        runs.write_result(runs.open_folder(args, {"score": str(args.score)}), result, args.json)
-        return 0
     L = runs.num_layers(args)
     parse_cells(args, L, L - 1)                         # wrong flags are named before loading
     data = runs.load_data(args)

@@ -327,14 +327,14 @@ def answer_to_measure(model, stream: Stream, question, target: str, args) -> str
         answer = own_answer(model, stream, args)
         if answer:
             return answer
-        if not question.answers:
+        if not question.gold:
             raise InputError(f"question {question.id}: the model's own answer is empty, and it has "
                              "no gold one; there is nothing to measure")
     return gold_to_measure(question, target)
 
 
 def gold_to_measure(question, target: str) -> str:
-    return question.gold_normalised if target == "first" else question.gold_written
+    return question.gold_normalized if target == "first" else question.gold_written
 
 
 def own_answer(model, stream: Stream, args) -> str:
@@ -477,7 +477,7 @@ def measure_horizon(model, benchmark: str, questions: list, args, out: Path, mea
 def points(answer: str, question, unpruned: str) -> float:
     """The score of an answer; of a question without a gold answer, whether it is the unpruned one.
     """
-    if not question.answers:
+    if not question.gold:
         return float(answer == unpruned)
     return score(answer, question)[1]
 
@@ -609,7 +609,7 @@ def measure_benchmark(model, benchmark: str, questions: list, layers: list[int],
     rows = statistics.information_by_layer(values, images_of(asked), layers)
     horizons = horizons_of(asked, records, args)
     vanishes = statistics.layer_without_information(rows, found["noise"])
-    with_gold = [pair for pair in answered if pair[0].answers]
+    with_gold = [pair for pair in answered if pair[0].gold]
     right = [question for question, record in with_gold if record["scores"]["unpruned"] == 1]
     found |= {"information": rows, "horizons": horizons, "horizon": horizons["score"],
               "vanishes": vanishes, "asked": len(asked), "failed": len(questions) - len(asked),
@@ -633,7 +633,7 @@ def measure_question(model, stream: Stream, question, layers: list[int], args) -
     answer = answer_to_measure(model, stream, question, args.target, args)
     values = information_of(answer)
     found = {"information": to_json(values.numpy())}
-    if args.answers == "own" and question.answers and score(answer, question)[1] < 1:
+    if args.answers == "own" and question.gold and score(answer, question)[1] < 1:
         gold = information_of(gold_to_measure(question, args.target))
         found["own_and_gold"] = agreement_of_answers(values, gold)
     if args.agreement:
@@ -646,7 +646,7 @@ def question_to_show(questions: list) -> int:
     letters: its map can then be of one answer alone. 0 if there is none."""
     letters = {}
     for question in questions:
-        letters.setdefault(question.image, []).append("".join(question.answers)[:1].lower())
+        letters.setdefault(question.image, []).append("".join(question.gold)[:1].lower())
     for i, question in enumerate(questions):
         of_image = letters[question.image]
         if len(of_image) > 1 and len(set(of_image)) == len(of_image):
@@ -679,9 +679,9 @@ def noise_of_batches(model, stream: Stream, answer: str, layer: int, args) -> fl
 def first_token_is_blank(model, question) -> bool:
     """Whether target "first" sees no content of the gold answer: LLaMA's vocabulary begins a number
     with a blank of its own, so that the first token of "2" and of "7" is the same."""
-    if not question.answers:
+    if not question.gold:
         return False
-    return not model.tokenizer.decode(model.answer_ids(question.gold_normalised)[:1]).strip()
+    return not model.tokenizer.decode(model.answer_ids(question.gold_normalized)[:1]).strip()
 
 
 def save_maps(file: Path, maps: dict[str, np.ndarray]):

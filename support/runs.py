@@ -264,7 +264,7 @@ def where(model) -> str:
 
 # ---- the folder of a run -------------------------------------------------------------------------
 
-NOT_SETTINGS = {"out", "json", "workers", "plot", "command", "device", "dtype", "score"}
+NOT_SETTINGS = {"out", "json", "workers", "plot", "command", "device", "dtype"}
 
 
 def settings_of(args, model, data: dict) -> dict:

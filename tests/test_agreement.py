@@ -37,7 +37,7 @@ def test_scores_are_ranked_against_the_information_of_single_tokens(name, monkey
     """Each of its own layer: one that is the exact one agrees wholly, its negative not at all."""
     model = load(name)
     start = model.begin(images()["whole"], QUESTIONS[1])
-    question = SimpleNamespace(gold_normalised="Y", gold_written="ab")
+    question = SimpleNamespace(gold_normalized="Y", gold_written="ab")
     exact = token_information(model, start, "ab", [1, 2], 1, target="answer").flatten(1)
     monkeypatch.setattr(model, "eos", set())
     monkeypatch.setattr(tokprune, "saliency_of", lambda _: -exact[0])

@@ -253,7 +253,7 @@ def pruned_fork(fork, start, method, n):
     stream = fork.run(start, stop=1)
     info = None
     if METHODS[method].measure:
-        question = SimpleNamespace(gold_normalised="Yes", gold_written="Yes")
+        question = SimpleNamespace(gold_normalized="Yes", gold_written="Yes")
         args = SimpleNamespace(window=2, max_batch_tokens=10 ** 6, answers="gold",
                                max_new_tokens=4, repetition_penalty=1.0)
         measure = information.MEASURES[METHODS[method].measure]

@@ -76,7 +76,7 @@ def model(request):
 
 def main_path(model):
     """Every kind of work that a run does, and what comes of it."""
-    question = SimpleNamespace(gold_normalised="Yes", gold_written="Yes", answers=["Yes"])
+    question = SimpleNamespace(gold_normalized="Yes", gold_written="Yes", gold=["Yes"])
     start = model.begin(images()["wide"], QUESTIONS[0])
     reached = model.run(start, stop=1)
     found = []

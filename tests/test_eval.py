@@ -246,20 +246,6 @@ def test_the_path_of_the_result_is_printed_and_json_is_the_last_line(main_comman
     assert result["command"].startswith("eval.py ") and result["repetition_penalty"] == 1
 
 
-def test_answers_of_a_run_scored_again_get_the_same_scores(main_command, run, tmp_path):
-    """--score needs no model; without --json the path of the result is the last line."""
-    _, result, out = main_command
-    printed, again = run(evaluation.main, "--score", out / "answers.jsonl", out=tmp_path)
-    assert printed.splitlines()[-1] == f"result: {tmp_path / 'result.json'}"
-    for benchmark in BENCHMARKS:
-        rows = by_schedule(result, benchmark)
-        scored = again["benchmarks"][benchmark]
-        assert scored["unpruned"]["score"] == pytest.approx(rows[""]["score"])
-        dart = scored["dart@20:0.9 seed 0"]
-        assert dart["score"] == pytest.approx(rows["dart@20:0.9"]["score"])
-        assert dart["totals"].keys() == rows["dart@20:0.9"]["totals"].keys()
-
-
 # ---- the built-in models and benchmarks ----------------------------------------------------------
 
 @pytest.fixture(scope="module")

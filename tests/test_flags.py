@@ -75,7 +75,7 @@ BAD_INPUT = [
     ("--limit x", "--limit: x"),
     ("--workers 0", "--workers: 0"),
     ("--prompt-style other", "--prompt-style"),
-    ("--prompt-style llava", "there is neither TextVQA_Rosetta_OCR"),
+    ("--prompt-style llava", "there is no TextVQA_Rosetta_OCR"),
     # measuring
     ("--layer horizon --calibrate 5000 --bench mme", "--calibrate: 5000"),
     ("--tolerance 2", "--tolerance: 2"),
@@ -84,7 +84,6 @@ BAD_INPUT = [
     ("--max-batch-tokens 0", "--max-batch-tokens: 0"),
     ("--answers mine", "--answers"),
     # files
-    ("--score nowhere.jsonl", "nowhere.jsonl: not found"),
     ("--plot curve.gif", "--plot curve.gif"),
     ("--plot no/where.png", "--plot no/where.png"),
     ("--plot curve.png --schedule dart@2=9", "--plot: draws score against layer"),

@@ -214,7 +214,7 @@ def test_hindsight_is_the_attention_of_the_rows_that_write_the_answer(model, sta
 
 
 def test_oracles_are_given_what_they_are_said_to_need(model, start):
-    question = SimpleNamespace(gold_normalised="Y", gold_written="ab")
+    question = SimpleNamespace(gold_normalized="Y", gold_written="ab")
     windows = information.information_of_windows(model, start, question, [1], ARGS)[1]
     maps = information.token_information(model, start, "Y", [1], 2)
     assert windows.equal(information.per_token(maps[0], start.grid, 2))
@@ -224,8 +224,8 @@ def test_oracles_are_given_what_they_are_said_to_need(model, start):
 
 
 def test_the_models_own_answer_is_measured_if_it_gives_one(model, start, monkeypatch):
-    question = SimpleNamespace(id="7", answers=["YES"], gold_normalised="YES", gold_written="YES!")
-    unknown = SimpleNamespace(id="8", answers=[])
+    question = SimpleNamespace(id="7", gold=["YES"], gold_normalized="YES", gold_written="YES!")
+    unknown = SimpleNamespace(id="8", gold=[])
 
     def measured(question, target, **changes):
         args = SimpleNamespace(**vars(ARGS) | changes)

@@ -68,8 +68,6 @@ def elsewhere(tmp_path, monkeypatch):
     Path("tiny").symlink_to(TINY)
     Path("tests").mkdir()                               # a picture may be written there
     official_files(Path("benchmarks"))
-    Path("answers.jsonl").write_text(json.dumps(
-        {"question_id": "1", "prompt": "What?\nAnswer the question.", "text": "a"}) + "\n")
     own = {"image": "cat.jpg", "question": "Is there a cat?", "answers": ["x"], "metric": "exact"}
     Path("mine.jsonl").write_text("".join(json.dumps(own | {"id": i}) + "\n" for i in range(3)))
     Image.new("RGB", (90, 60), "orange").save("cat.jpg")
@@ -100,7 +98,7 @@ def shortened(words: list[str], program: str) -> list[str]:
     if program == "bench.py":
         replace_value(words, "--rounds", "1")
         words.append("--smoke")
-    if program in ("eval.py", "information.py") and "--score" not in words:
+    if program in ("eval.py", "information.py"):
         replace_value(words, "--limit", "1")
         if "horizon" in " ".join(words) or "--budget" in words:
             replace_value(words, "--calibrate", "3")
@@ -109,7 +107,7 @@ def shortened(words: list[str], program: str) -> list[str]:
     if program == "information.py" and value_after(words, "--layer") in (None, "all"):
         replace_value(words, "--layer", "22")
         replace_value(words, "--window", "4")
-    if program == "eval.py" and "--score" not in words:
+    if program == "eval.py":
         replace_value(words, "--seeds", "1")
         if not {"--method", "--schedule", "--budget"} & set(words):
             words += ["--method", "dart,info"]          # all of them: test_eval.py

@@ -38,7 +38,8 @@ def test_the_head_says_how_much_is_asked_and_shows_the_prompt(capsys):
     known = [SimpleNamespace(image=i // 2, prompt=f"q{i}", group="count") for i in range(6)]
     prompt = report.print_asked("mme", known[:4], known, "USER: {question}\nASSISTANT:")
     assert prompt == "USER: q0\nASSISTANT:"
-    report.print_asked("own.jsonl", known, known, "{question}")
+    own = [SimpleNamespace(image=i // 2, prompt="q", group="") for i in range(6)]
+    report.print_asked("own.jsonl", own, own, "{question}")
     printed = capsys.readouterr().out
     assert ("mme: partial, 4 of its 6 questions, 2 images, 1 of 14 subtasks; the first prompt: "
             '"USER: q0\\nASSISTANT:"') in printed

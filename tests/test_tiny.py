@@ -45,10 +45,10 @@ def test_builtin_benchmarks_have_the_official_layout_and_size():
     for subtask in ("existence", "count", "position", "color", "OCR"):
         pairs = [question for question in mme if question.group == subtask]
         assert len({question.image for question in pairs}) == 40 and len(pairs) == 80
-        assert sum(question.answers == ["Yes"] for question in pairs) == 40
+        assert sum(question.gold == ["Yes"] for question in pairs) == 40
     assert len(text) == 235
-    assert all(3 <= len(question.gold_normalised) <= 6 for question in text)
-    assert all(len(question.answers) == 10 for question in text)
+    assert all(3 <= len(question.gold_normalized) <= 6 for question in text)
+    assert all(len(question.gold) == 10 for question in text)
 
 
 def test_the_first_images_and_questions_are_made_again_byte_for_byte(tmp_path):
@@ -70,7 +70,7 @@ def test_no_test_image_can_be_a_training_image():
         assert len(words) >= 50
         assert {zlib.crc32(word.encode()) % 8 == 0 for word in words} == {test}
     for question in load_benchmark("textvqa", TINY):
-        assert zlib.crc32(question.gold_normalised.encode()) % 8 == 0
+        assert zlib.crc32(question.gold_normalized.encode()) % 8 == 0
 
 
 def test_a_training_batch_shows_no_test_image(monkeypatch):
