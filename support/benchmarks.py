@@ -2,20 +2,24 @@
 
 A section each: where it is from, how it is asked, how its files are read, what its paper reports.
 `Question.metric` names the rule that reads and scores an answer. A file of your own is a JSON
-object a line: id, image, question, answers, metric.
+object a line: id, image, question, answers, metric. VLMEvalKit's TSVs are read by their columns.
 """
+import ast
 import contextlib
 import hashlib
 import json
 import os
 import re
+import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_uppercase
 
 import numpy as np
 
-from support.files import read_json, read_lines, read_text, require
+from support.files import (Published, on_disk, read_header, read_json, read_lines, read_text,
+                           read_tsv, require)
 from tokprune import InputError
 
 # Prompts are those of LLaVA's evaluation scripts. TextVQA's OCR tokens answer a good part of it
@@ -28,12 +32,12 @@ STYLES = ("llava",)
 @dataclass
 class Question:
     id: str                     # unique within its benchmark
-    image: Path
+    image: Path | Published     # a path: of a user's own
     prompt: str                 # what follows the image
     gold: list[str]             # what annotators answered; [] in a file of your own that has none
     metric: str                 # one of METRICS, or "" where there is no gold answer
     source: Path = Path()       # the file that asks it
-    group: str = ""             # MME's subtask, POPE's file
+    group: str = ""             # MME's subtask, POPE's files, a question that MMBench rotates
 
     @property
     def seed(self) -> int:
@@ -43,7 +47,7 @@ class Question:
     @property
     def identity(self) -> tuple:
         """What decides an answer and its score, wherever the files lie."""
-        return self.id, Path(self.image).name, self.prompt, self.gold, self.metric, self.group
+        return self.id, Path(str(self.image)).name, self.prompt, self.gold, self.metric, self.group
 
     @property
     def gold_normalized(self) -> str:
@@ -328,11 +332,13 @@ def parse_pope(answer: str) -> str:
 
 def pope_totals(questions: list[Question], scores: np.ndarray) -> dict:
     """Return F1, accuracy, precision, recall (yes is positive) and share of yes of each file, in
-    percent, and their means over the three files: None where one of them has no answer."""
-    names = list(dict.fromkeys(question.group for question in questions))
+    percent, and their means over the three files: None where one of them has no answer. A question
+    of several files, "random,popular", counts in each."""
+    files = [question.group.split(",") for question in questions]
+    names = list(dict.fromkeys(name for of_question in files for name in of_question))
     totals = {}
     for name in names:
-        rows = [i for i, question in enumerate(questions) if question.group == name]
+        rows = [i for i, of_question in enumerate(files) if name in of_question]
         label = np.array([questions[i].gold == ["Yes"] for i in rows])
         right = np.array([scores[i] for i in rows]) > 0
         yes = label == right                            # answered, rightly or wrongly
@@ -373,8 +379,9 @@ def load_jsonl(file: Path, gold: bool = True) -> list[Question]:
             require(entry, file, about, **fields, answers=list, metric=str)
             check_own(entry["answers"], entry["metric"], f"{file}: {about}")
         answers = [answer.strip() for answer in entry.get("answers", [])]
-        questions.append(Question(str(entry["id"]), file.parent / entry["image"],
-                                  entry["question"], answers, entry.get("metric", ""), file))
+        image = on_disk(file.parent / entry["image"])
+        questions.append(Question(str(entry["id"]), image, entry["question"], answers,
+                                  entry.get("metric", ""), file))
     return questions
 
 
@@ -390,20 +397,149 @@ def parse_exact(answer: str) -> str:
     return answer.rstrip(".").lower()
 
 
+# ---- VLMEvalKit's TSVs: github.com/open-compass/VLMEvalKit, vlmeval/dataset ----------------------
+
+def load_tsv(file: Path, gold: bool = True) -> list[Question]:
+    """Read a TSV by its columns, whatever its name: options make a choice; else ten answers to each
+    question TextVQA's, Yes or No to each MME's or POPE's; the rest is scored as exact.
+
+    The prompts are those of the official files above, not VLMEvalKit's. Without gold, a row may
+    lack its answer. Raises InputError.
+    """
+    rows = rows_with_images(file)
+    answers = [[text.strip() for text in parse_list(row.get("answer", ""))] for row in rows]
+    choices = [{letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
+               for row in rows]
+    without_options = metric_of([of_row for of_row, options in zip(answers, choices)
+                                 if of_row != [""] and not options], rows)
+    groups = groups_of(rows, without_options, any(choices))
+    questions = []
+    for row, of_row, options, group in zip(rows, answers, choices, groups):
+        about = f"{file}: row {row['index']}"
+        if not options.keys() <= set(LETTERS):
+            raise InputError(f"{about} has options {', '.join(options)}; want at most "
+                             f"{', '.join(LETTERS)}")
+        if of_row == [""] and gold:
+            raise InputError(f"{about} has no answer, so it cannot be scored")
+        text = row["question"]
+        metric = "choice" if options else without_options
+        if metric == "choice":
+            prompt = choice_prompt(text, row.get("hint", ""), options)
+        elif metric == "vqa":
+            prompt = text.capitalize() + SHORT
+        else:
+            prompt = text.strip().removesuffix(YES_OR_NO).rstrip() + SHORT
+        if metric in ("yesno", "pope"):
+            of_row = [answer.capitalize() for answer in of_row]
+        if of_row == [""]:
+            of_row, metric = [], ""
+        questions.append(Question(row["index"], row["image"], prompt, of_row, metric, file, group))
+    return questions
+
+
+def rows_with_images(file: Path) -> list[dict]:
+    """Return the rows of a TSV; "image" is the place of each row's image, no pixels. Raises
+    InputError."""
+    rows = []
+    first = {}                          # where a text of base64 stands first
+    images = {}                         # of each index
+    for start, size, row in read_tsv(file):
+        lacking = [name for name in ("index", "question") if name not in row]
+        if lacking or not {"image", "image_path"} & row.keys():
+            raise InputError(f"{file}: has columns {', '.join(row)[:100]}; want index, question, "
+                             "and image or image_path, as VLMEvalKit's TSVs")
+        text = row.get("image")
+        path = row.get("image_path", "")
+        if text is None:
+            row["image"] = Published(beside(file, only(path, file, row)))
+        elif len(text) > 64:            # as VLMEvalKit does; fewer characters: another row's index
+            only(text, file, row)
+            place = first.setdefault(hashlib.sha256(text.encode()).digest(), (start, size))
+            row["image"] = Published(file, *place, list(row).index("image"), path)
+            images[row["index"]] = row["image"]
+        rows.append(row)
+    for row in rows:
+        reference = row["image"]
+        if isinstance(reference, str) and reference:
+            if reference not in images:
+                raise InputError(f"{file}: row {row['index']}: image is {reference!r}, which is no "
+                                 "base64 and no row with an image")
+            row["image"] = replace(images[reference], name=row.get("image_path", ""))
+    return [row for row in rows if row["image"]]        # as VLMEvalKit: no image, no question
+
+
+def parse_list(text: str) -> list[str]:
+    """Return the list that a cell holds as Python text, ['a', 'b'], or the text alone in a list."""
+    found = text
+    if text.startswith("["):
+        with warnings.catch_warnings(action="ignore"), contextlib.suppress(
+                ValueError, SyntaxError, MemoryError, RecursionError):
+            found = ast.literal_eval(text)
+    return [str(part) for part in found] if isinstance(found, list) else [text]
+
+
+def only(text: str, file: Path, row: dict) -> str:
+    """Return the one image that a cell holds. Raises InputError if there are several."""
+    images = parse_list(text)
+    if len(images) != 1:
+        raise InputError(f"{file}: row {row['index']} has {len(images)} images; want one")
+    return images[0]
+
+
+def beside(file: Path, image: str) -> Path:
+    """Return the path of an image: as written, or in images/<name of the TSV> beside the TSV."""
+    folder = file.parent / "images" / file.stem.removesuffix("_local")
+    paths = [Path(image), folder / image, folder / Path(image).name, file.parent / image]
+    return next((on_disk(path) for path in paths if os.path.isfile(on_disk(path))), paths[0])
+
+
+def metric_of(answers: list[list[str]], rows: list[dict]) -> str:
+    """Return the metric of questions without options, by all their answers and categories."""
+    if answers and all(len(of_row) == 10 for of_row in answers):
+        return "vqa"
+    if not answers or not all(of_row in (["Yes"], ["No"], ["yes"], ["no"]) for of_row in answers):
+        return "exact"
+    files = {name for row in rows for name in row.get("category", "").split(",")}
+    return "pope" if files <= set(POPE) else "yesno"
+
+
+def groups_of(rows: list[dict], metric: str, choice: bool) -> list[str]:
+    """Return each question's part of an official total, "" where there is none. MMBench asks a
+    question again with rotated options: 1000007 is 7 again."""
+    groups = [row.get("category", "") for row in rows]
+    if choice:
+        known = {row["index"] for row in rows}
+        groups = [re.sub(r"^\d+(\d{6})$", lambda match: str(int(match[1])), row["index"])
+                  for row in rows]
+        return groups if set(groups) < known else [""] * len(rows)
+    is_mme = metric == "yesno" and set(groups) <= set(PERCEPTION + COGNITION)
+    return groups if metric == "pope" or is_mme else [""] * len(rows)
+
+
+def circular_totals(questions: list[Question], scores: np.ndarray) -> dict:
+    """Return MMBench's accuracy: a question is right if it is in every rotation of its options."""
+    worst = {}
+    for question, points in zip(questions, scores):
+        worst[question.group] = min(points, worst.get(question.group, 1))
+    return {"circular": 100 * float(np.mean(list(worst.values()))), "complete": True}
+
+
 # ---- scores --------------------------------------------------------------------------------------
 
 METRICS = {"vqa": normalize, "exact": parse_exact, "yesno": parse_yes_no, "choice": parse_choice,
            "pope": parse_pope}
 BENCHMARKS = {"mme": load_mme, "textvqa": load_textvqa, "scienceqa": load_scienceqa,
               "pope": load_pope}
-TOTALS = {"yesno": mme_totals, "pope": pope_totals}     # of questions that have a group
-COLUMNS = ("perception", "cognition", "sum", "F1", "precision", "recall", "yes")    # in a table
+FILES = {".jsonl": load_jsonl, ".tsv": load_tsv}
+# what a benchmark's paper reports, of questions that have a group, and what of it a table shows
+TOTALS = {"yesno": mme_totals, "pope": pope_totals, "choice": circular_totals}
+COLUMNS = ("perception", "cognition", "sum", "F1", "precision", "recall", "yes", "circular")
 
 
 def official_totals(questions: list[Question], scores: np.ndarray) -> dict:
     """Return what the benchmark's paper reports beside the share of right answers, {} if nothing.
 
-    COLUMNS are the entries that a table shows. "complete": whether no part of the benchmark lacks.
+    COLUMNS are the entries that a table shows. "complete": whether all its parts are there.
     """
     first = questions[0]
     if not first.group or first.metric not in TOTALS:
@@ -411,11 +547,40 @@ def official_totals(questions: list[Question], scores: np.ndarray) -> dict:
     return TOTALS[first.metric](questions, scores)
 
 
-def parts_asked(questions: list[Question]) -> list[str]:
-    """Return ["2 of 14 subtasks"] for MME's questions, [] for others."""
+def remarks(questions: list[Question]) -> list[str]:
+    """Return what a reader of their scores has to know: how many of MME's subtasks these are, other
+    prompts than the source's, images of a benchmark that a viewer shows otherwise.
+
+    The header of each image is read. Raises InputError.
+    """
+    found = []
     groups = {question.group for question in questions}
-    known = PERCEPTION + COGNITION
-    return [f"{len(groups)} of {len(known)} subtasks"] if groups <= set(known) else []
+    if groups <= set(PERCEPTION + COGNITION):
+        found.append(f"{len(groups)} of {len(PERCEPTION + COGNITION)} subtasks")
+    if questions[0].source.suffix == ".tsv":
+        metrics = sorted({question.metric or "none" for question in questions})
+        found.append(f"asked in LLaVA's words and not VLMEvalKit's, metric {', '.join(metrics)}")
+    headers = [header for image, header in read_headers(questions).items()
+               if isinstance(image, Published)]
+    turned = sum(header.turned for header in headers)
+    transparent = sum(header.transparent for header in headers)
+    if turned:
+        found.append(f"images turned by EXIF and read as stored: {turned}")
+    if transparent:
+        found.append(f"images with transparent parts: {transparent}")
+    return found
+
+
+def read_headers(questions: list[Question]) -> dict:
+    """Return the header of each image. Raises InputError, which names the question."""
+    headers = {}
+    for question in questions:
+        if question.image not in headers:
+            try:
+                headers[question.image] = read_header(question.image)
+            except InputError as e:
+                raise InputError(f"{question.source}: question {question.id}: {e}")
+    return headers
 
 
 def score(answer: str, question: Question) -> tuple[str | None, float]:
@@ -445,17 +610,20 @@ def is_overlong(parsed: str | None, question: Question) -> bool:
 
 def load_benchmark(name: str, data: Path, style: str | None = None,
                    gold: bool = True) -> list[Question]:
-    """Return all questions of a benchmark found in a folder, or of a .jsonl file of your own.
+    """Return all questions of a benchmark found in a folder, or of a file, .jsonl or .tsv.
 
-    gold: False where nothing is scored: a file of your own then needs no answers and no metric.
-    Raises InputError.
+    gold: False where nothing is scored: a file then needs no answers (and no metric). Raises
+    InputError.
     """
     paths = []
-    if name.endswith(".jsonl"):
-        questions = load_jsonl(Path(name), gold)
+    if name.endswith(tuple(FILES)):
+        file = on_disk(Path(name))
+        questions = FILES[file.suffix](file, gold)
     else:
         paths = paths_under(data)
         questions = BENCHMARKS[name](paths, style)
+        for question in questions:
+            question.image = Published(question.image)
     if not questions:
         what = f"--data {data}: no {name} found in it" if paths else f"{name}: no questions in it"
         raise InputError(what + unpacked(paths))
@@ -470,7 +638,7 @@ def load_benchmark(name: str, data: Path, style: str | None = None,
         if re.search("[\ud800-\udfff]", text):
             raise InputError(f"{question.source}: a question holds half a character: "
                              f"{ascii(text)[:100]}")
-        if not os.path.isfile(question.image):
+        if not os.path.isfile(getattr(question.image, "file", question.image)):
             raise InputError(f"{question.image}: not found; question {question.id} of {name} is "
                              "about it" + unpacked(paths))
     return questions

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from support.benchmarks import COLUMNS, parts_asked
+from support.benchmarks import COLUMNS, remarks
 from support.statistics import NOISE, mean_of_layer_1
 from tokprune import METHODS
 
@@ -61,7 +61,7 @@ def print_asked(benchmark: str, questions: list, known: list, template: str) -> 
     """How much of the benchmark is asked, and the first prompt, which is returned."""
     images = len({question.image for question in questions})
     prompt = template.format(question=questions[0].prompt)
-    asked = [part_of(len(questions), len(known)), f"{images} images", *parts_asked(questions)]
+    asked = [part_of(len(questions), len(known)), f"{images} images", *remarks(questions)]
     print(f"\n{benchmark}: {', '.join(asked)}; the first prompt: {json.dumps(prompt)}\n")
     return prompt
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from support import checkpoint
-from support.benchmarks import BENCHMARKS, STYLES, Question, load_benchmark
+from support.benchmarks import BENCHMARKS, FILES, STYLES, Question, load_benchmark
 from support.files import read_json, write_text
 from support.records import DIED, GOES_ON, LOCAL_RANK, RANK, WORLD, is_out_of_memory, wait
 from support.timing import device_name
@@ -223,9 +223,9 @@ def load_data(args, **options) -> dict[str, list[Question]]:
     names = args.bench.split(",")
     data = {}
     for name in names:
-        if name not in BENCHMARKS and not name.endswith(".jsonl"):
+        if name not in BENCHMARKS and not name.endswith(tuple(FILES)):
             raise InputError(f"--bench: unknown benchmark {name!r}; want one of "
-                             f"{', '.join(BENCHMARKS)} or a .jsonl file")
+                             f"{', '.join(BENCHMARKS)} or a .jsonl or .tsv file")
         short = Path(name).name
         if short in data:
             raise InputError(f"--bench: {args.bench}: two of one name; want each once")

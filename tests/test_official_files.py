@@ -33,7 +33,7 @@ def test_official_files_are_found_and_asked_as_llavas_scripts_ask(data):
     assert prompts(data, "pope")[0] == "Is there a cat in the image?" + SHORT
     assert [q.id for q in load_benchmark("pope", data)][:3] == ["random/1", "random/2", "popular/1"]
     for name in BENCHMARKS:
-        assert all(q.image.exists() for q in load_benchmark(name, data))
+        assert all(q.image.file.exists() for q in load_benchmark(name, data))
 
 
 def test_ocr_tokens_are_shown_in_llavas_style_alone(data):
