@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 
 from information import information_flops, token_information, windows_of
-from support import comparisons, made_up, report, runs
+from support import comparisons, flags, made_up, report, run
 from support.benchmarks import load_benchmark
 from support.checkpoint import load_model
 from support.comparisons import TIMED, MiB, Setting, Table
@@ -28,7 +28,7 @@ from support.timing import (STEPS, cache_bytes, decode, device_name, extra_memor
 from tokprune import (METHODS, InputError, check_method, flops, format_schedule, keep, number_kept,
                       parse_schedule, prefill, prune, visual_tokens)
 
-TINY = runs.ROOT / "tiny"
+TINY = run.ROOT / "tiny"
 PICTURE = TINY / "textvqa" / "train_images" / "0007.jpg"
 QUESTION = "What does the purple word say?"
 
@@ -96,13 +96,13 @@ def schedules_of(args, L: int) -> dict[str, tuple]:
         if not schedules[text]:
             raise InputError("--schedule: empty, want e.g. 'dart@2=252 random@20:0.9'")
     if not args.schedule:
-        for layer in runs.parse_layers(args.layer, L):
+        for layer in flags.parse_layers(args.layer, L):
             schedules[f"none at layer {layer}"] = ((layer, "random", 0),)
             for method in methods_at(args, layer):
                 schedules[f"{method} at layer {layer}"] = ((layer, method, args.ratio),)
     for schedule in schedules.values():
         for layer, method, _ in schedule:
-            runs.check_layer(layer, L)
+            flags.check_layer(layer, L)
             if METHODS[method].measure:
                 raise InputError(f"{method}: what it needs is measured in other runs of the model, "
                                  f"so it is not timed; want some of {', '.join(TIMED)}")
@@ -298,28 +298,28 @@ def main(argv: list[str]):
 
 def time_model(args):
     """The model at hand under each schedule: a table, and what it means."""
-    schedules = schedules_of(args, runs.num_layers(args))
+    schedules = schedules_of(args, flags.num_layers(args))
     image = read_image(args.image or PICTURE)
-    model = runs.load_model(args)
-    out = runs.open_folder(args, runs.settings_of(args, model, {}))
+    model = flags.load_model(args)
+    out = run.open_folder(args, run.settings_of(args, model, {}))
     device = next(model.parameters()).device
-    print(f"{device_name(device)}, torch {version('torch')}; {runs.where(model)}; median of "
+    print(f"{device_name(device)}, torch {version('torch')}; {flags.where(model)}; median of "
           f"{args.rounds} rounds [lowest, highest]")
     found = measure(model, image, args.question or QUESTION, schedules, args.rounds)
     print_speed(found)
     print_verdicts(found["speed"], schedules, args)
-    runs.write_result(out, runs.provenance(args, model, {}) | found, args.json)
+    run.write_result(out, run.provenance(args, model, {}) | found, args.json)
 
 
 def compare(args):
     """The comparisons of --parts: a table each, and which aims are missed."""
-    device = torch.device(runs.usable_device(args.device))
+    device = torch.device(flags.usable_device(args.device))
     packages = ["torch", "transformers"] if "transformers" in args.parts else ["torch"]
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     settings = {"parts": args.parts, "made_up_layers": args.made_up_layers, "rounds": args.rounds,
                 "smoke": args.smoke, "device": device_name(device), "versions": versions,
                 "threads": torch.get_num_threads()}
-    out = runs.open_folder(args, settings)
+    out = run.open_folder(args, settings)
     print(f"{settings['device']}, {settings['threads']} threads, {versions}; median of "
           f"{args.rounds} rounds, of 3 where one takes minutes [lowest, highest]\n")
     table = Table(args.smoke)
@@ -337,34 +337,34 @@ def compare(args):
     if "growth" in args.parts:
         print(f"picture: {out / 'growth.png'}")
     result = {"command": args.command} | settings | {"missed": missed, "found": table.rows}
-    runs.write_result(out, result, args.json)
+    run.write_result(out, result, args.json)
 
 
 def parse_arguments(argv: list[str]):
-    p = runs.Parser("bench.py", "How fast a model is, unpruned and pruned by each method.")
+    p = flags.Parser("bench.py", "How fast a model is, unpruned and pruned by each method.")
     group = p.add_argument_group("the model at hand")
     group.add_argument("--method", metavar="NAMES",
                        help=f"comma-separated, of {', '.join(TIMED)} (default: all)")
     group.add_argument("--layer",
                        help="tokens leave at its input: 20, or 2,10,20, or all (default: 2)")
-    group.add_argument("--ratio", type=runs.share,
+    group.add_argument("--ratio", type=flags.share,
                        help="fraction of the visual tokens removed (default: 0.9)")
     group.add_argument("--schedule", action="append", metavar="S",
                        help="instead of these three: 'dart@2=252 random@20=38'; repeatable")
     group.add_argument("--image", type=Path, metavar="FILE", help="default: a bundled one")
     group.add_argument("--question", metavar="TEXT", help=f"default: {QUESTION}")
-    runs.add_model_flags(p)
+    flags.add_model_flags(p)
     group = p.add_argument_group("comparisons, instead of the model at hand")
     group.add_argument("--parts", metavar="NAMES", help=f"comma-separated, of {', '.join(PARTS)}")
-    group.add_argument("--made-up-layers", type=runs.whole(3), default=4, metavar="N",
+    group.add_argument("--made-up-layers", type=flags.whole(3), default=4, metavar="N",
                        help="decoder layers of made-up models; parts that need a deeper one use "
                             "them in turn (default: 4)")
     group = p.add_argument_group("timing")
-    group.add_argument("--rounds", type=runs.whole(1), default=10, metavar="N",
+    group.add_argument("--rounds", type=flags.whole(1), default=10, metavar="N",
                        help="timed rounds, after one that warms up (default: 10)")
     group.add_argument("--smoke", action="store_true",
                        help="one round, of tiny shapes: to see what runs, not how fast")
-    runs.add_output_flags(p)
+    flags.add_output_flags(p)
     args = p.parse_args(argv)
     if args.schedule and (args.method or args.layer or args.ratio is not None):
         raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
@@ -401,4 +401,4 @@ def check_parts(args, p):
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    run.start(main)

@@ -7,7 +7,7 @@ the stream forward by layers; this file takes visual rows out of it:
     s = model.run(s, stop=20)               # layers 0..19 on everything
     s = prune(model, s, "dart", n=58)       # rows leave at the input of layer 20
     s = model.run(s)                        # the other layers, short
-    model.decode(s, max_new_tokens=16)      # greedy
+    decode(model, s, max_new_tokens=16)     # greedy
 
 A method is a function of a View, `method(view, n) -> indices`, or (indices, rows) if it merges,
 and an entry in METHODS.
@@ -20,20 +20,19 @@ and the model, an nn.Module,
     canvas(image)                           the PIL image that the visual tokens tile
     begin(image, question)                  -> Stream at layer 0, B = 1
     run(stream, stop=None)                  -> Stream at layer `stop` (None: past the last layer)
-    append(stream, ids)                     -> Stream at layer 0 of new tokens (B, n) alone
+    append(stream, ids)                     -> Stream at layer 0 of the new tokens (B, n) only
     final_norm(x)
     logits(stream, row=-1)                  -> (B, vocab) float32, of the token after that row
-    decode(stream, max_new_tokens, repetition_penalty=1.0) -> B strings
     answer_ids(answer)                      -> the tokens the model would emit for that answer
+    decode = decode                         this file's
 support/checkpoint.py names the file for its model_type; nothing else knows which models exist.
 
     B variants of one prompt   T rows   V visual tokens alive   N of them at first   C width
     H heads   G key/value heads   D head width   L layers
 """
-import math
 import re
 from dataclasses import dataclass, replace
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -131,17 +130,17 @@ def copy_with_room(t: Tensor, B: int, rows: int) -> Tensor:
 
 def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 0,
           info: dict[str, Tensor] | None = None, positions: str = "keep") -> Stream:
-    """The stream with the n visual tokens that `method` chooses (all of them if it has fewer).
+    """Return the stream with only the n visual tokens that `method` chooses (all if it has fewer).
 
     A list of methods, or of seeds, makes one variant of each. info: by the name of a method that
     needs it, what was measured of the N visual tokens beforehand, (N,) or (N, t).
     positions: see `keep`. Raises InputError.
     """
-    n = min(n, stream.visual[1])
     B = len(stream.x)
     for given in (method, seed):
         if isinstance(given, list):
-            B = max(B, len(given))
+            assert B in (1, len(given)), f"{len(given)} methods or seeds for {B} variants"
+            B = len(given)
     methods = method if isinstance(method, list) else [method] * B
     seeds = seed if isinstance(seed, list) else [seed] * B
     stream = expand(stream, B)
@@ -153,25 +152,26 @@ def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 
         idx, rows = choose(view, methods[b], n)
         kept.append(idx)
         merged.append(rows)
+    assert len({len(idx) for idx in kept}) == 1, f"{methods} keep unequal numbers of tokens"
     pruned = keep(stream, torch.stack(kept), positions)
-    start, _ = pruned.visual
+    start, V = pruned.visual
     for b in range(B):
         if merged[b] is not None:
-            pruned.x[b, start:start + n] = merged[b].to(pruned.x.dtype)
+            pruned.x[b, start:start + V] = merged[b].to(pruned.x.dtype)
     return pruned
 
 
 def choose(view: "View", method: str, n: int) -> tuple[Tensor, Tensor | None]:
-    """Indices (n,) of the method, and the rows (n, C) to put there if it merges.
+    """Return the indices (n,) that a method chooses, and the rows (n, C) to put there if it merges.
 
-    To keep none or all of them takes no method.
+    To keep none or all of them takes no method. Raises InputError.
     """
     V = view.visual[1]
     assert method in METHODS, f"unknown method {method!r}"
-    if n in (0, V):
-        return torch.arange(n), None
-    check_method(method, view.layer)
     chosen = METHODS[method]
+    if n == 0 or n >= V or chosen.keeps_none:
+        return torch.arange(0 if chosen.keeps_none else min(n, V)), None
+    check_method(method, view.layer)
     assert view.keys is not None or not chosen.needs_layer, \
         f"{method} needs a layer run since rows last left"
     if chosen.measure and view.info is None:
@@ -190,7 +190,8 @@ def choose(view: "View", method: str, n: int) -> tuple[Tensor, Tensor | None]:
 
 
 def keep(stream: Stream, idx: Tensor, positions: str = "keep") -> Stream:
-    """The stream with only visual rows idx, ascending, counted among those alive; text rows stay.
+    """Return the stream with only visual rows idx, ascending, counted among those alive; text rows
+    stay.
 
     idx: (n,), or (B, n) for another set in each variant. positions: "keep" leaves every row its
     position; "compact" renumbers the rows, as methods that shorten the prompt do. Raises
@@ -222,7 +223,7 @@ def keep(stream: Stream, idx: Tensor, positions: str = "keep") -> Stream:
 
 
 def expand(stream: Stream, B: int) -> Stream:
-    """One variant as B equal ones. Nothing is copied, and they share the cache."""
+    """Return one variant as B equal ones. Nothing is copied, and they share the cache."""
     x = stream.x.expand(B, -1, -1)
     pos = stream.pos.expand(*stream.pos.shape[:-2], B, -1)
     origin = stream.origin.expand(B, -1)
@@ -232,14 +233,26 @@ def expand(stream: Stream, B: int) -> Stream:
     return replace(stream, x=x, pos=pos, origin=origin, queries=queries)
 
 
-def prefill(model, stream: Stream, schedule: list, seed: int = 0,
-            positions: str = "keep") -> Stream:
-    """All layers under a schedule from `parse_schedule` -> Stream past the last layer."""
+def prefill(model, stream: Stream, schedule: list, seed: int | list = 0,
+            info: dict[int, dict] | None = None, positions: str = "keep") -> Stream:
+    """Run all layers under a schedule -> Stream past the last layer: the loop over its stages.
+
+    schedule: (layer, method, amount) a stage, as `parse_schedule` returns them. A method and the
+    seed may be lists: variants of the prompt. The stream may have run already, up to the layer of
+    the first stage. info: by layer, what `prune` takes. Raises InputError.
+    """
     for layer, method, amount in schedule:
         stream = model.run(stream, stop=layer)
         n = number_kept(amount, stream.N)
-        stream = prune(model, stream, method, n, seed, positions=positions)
+        measured = info.get(layer) if info else None
+        stream = prune(model, stream, method, n, seed, measured, positions)
     return model.run(stream)
+
+
+class Decoding(NamedTuple):
+    """How answers are decoded: what `decode` takes behind the stream."""
+    max_new_tokens: int = 16
+    repetition_penalty: float = 1.0
 
 
 @torch.inference_mode()
@@ -277,7 +290,7 @@ def decode(model, stream: Stream, max_new_tokens: int = 16,
 
 @dataclass
 class View:
-    """What a method may look at, of one variant at the input of `layer`.
+    """What a method may look at: one variant at the input of `layer`.
 
     Plain tensors and functions, so that one can be built by hand.
     """
@@ -298,13 +311,13 @@ class View:
 
     @property
     def x_visual(self) -> Tensor:
-        """(V, C) float32: every method selects in float32, because bfloat16 changes the sets."""
+        """Return (V, C) float32: every method selects in float32; bfloat16 changes the sets."""
         start, V = self.visual
         return self.x[start:start + V].float()
 
 
 def view_of(model, stream: Stream, b: int, seed: int, info: Tensor | None) -> View:
-    """Variant b of the stream, as a method sees it. info: (N,) or (N, t), or None."""
+    """Return variant b of the stream, as a method sees it. info: (N,) or (N, t), or None."""
     origin = stream.origin[b]
     seed = seed + 1_000_003 * stream.layer          # each stage of a schedule draws on its own
     view = View(layer=stream.layer, visual=stream.visual, x=stream.x[b], embeds=stream.embeds,
@@ -324,16 +337,16 @@ def view_of(model, stream: Stream, b: int, seed: int, info: Tensor | None) -> Vi
 
 
 def saliency_of(stream: Stream) -> Tensor:
-    """(N,) of the vision tower. Raises InputError where the tower does not see all N tokens."""
+    """Return the vision tower's saliency (N,). Raises InputError where it scores fewer tokens."""
     saliency = stream.saliency()
     if len(saliency) != stream.N:
-        raise InputError(f"saliency: the tower tells it of {len(saliency)} visual tokens, and this "
-                         f"model has {stream.N}; a method that needs it cannot be used here")
+        raise InputError(f"the vision tower scores {len(saliency)} visual tokens but the model has "
+                         f"{stream.N}, so methods that use saliency cannot run")
     return saliency
 
 
 def attention(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
-    """Causal attention probabilities of the given rows of q alone: (H, R, S) float32.
+    """Return causal attention probabilities of the given rows of q only: (H, R, S) float32.
 
     q: (H, T, D) of the last T of S rows. k: (G, S, D). A whole attention matrix is never kept.
     """
@@ -347,14 +360,19 @@ def attention(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
 # ---- methods -------------------------------------------------------------------------------------
 # Each is asked for 0 < n < V indices; `choose` sees to none and all.
 
+def nothing(view: View, n: int) -> Tensor:
+    """Keep nothing: every visual token leaves, whatever n is."""
+    return torch.arange(0)
+
+
 def uniform(view: View, n: int) -> Tensor:
-    """Uniform without replacement: the baseline that no method beats past the horizon."""
+    """Draw uniformly, without replacement: the baseline that no method beats past the horizon."""
     order = torch.randperm(view.visual[1], generator=view.rng)
     return order[:n].sort().values
 
 
 def evenly_spaced(view: View, n: int) -> Tensor:
-    """Evenly spaced in raster order: the other baseline that looks at nothing."""
+    """Take every so many-th token in raster order: the other baseline that looks at nothing."""
     V = view.visual[1]
     return (2 * torch.arange(n) + 1) * V // (2 * n)
 
@@ -362,7 +380,7 @@ def evenly_spaced(view: View, n: int) -> Tensor:
 def fastv(view: View, n: int) -> Tensor:
     """FastV (ECCV 2024, arXiv 2403.06764): attention of the last prompt token, mean over heads.
 
-    The paper averages over all later tokens; the authors' code reads the last row alone, as here.
+    The paper averages over all later tokens; the authors' code reads the last row only, as here.
     """
     start, V = view.visual
     last = torch.tensor([len(view.x) - 1])
@@ -391,7 +409,7 @@ def sparsevlm(view: View, n: int) -> tuple[Tensor, Tensor | None]:
 
 
 def attention_of_raters(view: View) -> Tensor:
-    """(V,) SparseVLM's score: attention from the text tokens that look most like the image."""
+    """Return SparseVLM's score (V,): attention of the text tokens that look most like the image."""
     start, V = view.visual
     first, N = view.embeds_visual
     visual = view.embeds[first:first + N].float()
@@ -404,7 +422,7 @@ def attention_of_raters(view: View) -> Tensor:
 
 
 def recycling(n: int, V: int) -> tuple[int, int, int] | None:
-    """How SparseVLM spends n of V tokens: the largest k, so that k kept and c merged ones fit.
+    """Divide n of V tokens as SparseVLM does: the largest k, so that k kept and c merged ones fit.
 
     Of the V - k others, t = int(0.3 * (V - k)) + 1 are recycled into c = int(t / 10) + 1.
     n = 6, V = 64: k = 4 are kept, and t = 19 become c = 2. None if not even k = 0 fits.
@@ -418,10 +436,10 @@ def recycling(n: int, V: int) -> tuple[int, int, int] | None:
 
 
 def cluster(x: Tensor, c: int) -> tuple[Tensor, Tensor]:
-    """DPC-kNN, as in SparseVLM's code: rows (t, C) -> indices of the c centers, and the mean (c, C)
-    of each cluster.
+    """Cluster rows (t, C) by DPC-kNN, as SparseVLM's code does -> indices of the c centers, and the
+    mean (c, C) of each cluster.
 
-    A center is dense and far from every denser row. Mutual neighbours are equally dense: then the
+    A center is dense and far from every denser row. Mutual neighbors are equally dense: then the
     lower index counts as denser, where the original adds random noise.
     """
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
@@ -505,14 +523,14 @@ def scope(view: View, n: int) -> Tensor:
 
 
 def most_informative(view: View, n: int) -> Tensor:
-    """The paper's oracle: the tokens of the highest information, View.info (V,)."""
+    """Keep the tokens of the highest information, View.info (V,): the paper's oracle."""
     return highest(view.info, n)
 
 
 def take_turns(view: View, n: int) -> Tensor:
-    """Tokens of an answer, columns of View.info (V, t), take turns: each picks the visual token
-    of the highest value in its column that is not yet picked, ties to the lowest index."""
-    columns = view.info.float().clone()
+    """Let the answer's tokens, columns of View.info (V, t), pick in turn: each takes the visual
+    token of the highest value in its column that is not yet picked, ties to the lowest index."""
+    columns = view.info.float().cpu().clone()       # each pick would wait for a GPU
     picked = []
     for turn in range(n):
         column = columns[:, turn % columns.shape[1]]
@@ -523,7 +541,7 @@ def take_turns(view: View, n: int) -> Tensor:
 
 
 def highest(score: Tensor, n: int) -> Tensor:
-    """Ascending indices of the n highest, ties to the lowest index."""
+    """Return the ascending indices of the n highest, ties to the lowest index."""
     return score.argsort(descending=True, stable=True)[:n].sort().values
 
 
@@ -535,6 +553,7 @@ class Method:
     needs_layer: bool = False       # it reads attention or keys of the layer before
     draws: bool = False             # at random: several seeds are averaged
     merges: bool = False            # it returns (indices, rows (n, C) to put there, or None)
+    keeps_none: bool = False        # whatever n is: a stage of it has no amount
     measure: str = ""               # it needs View.info: the entry of information.MEASURES for it
     needs_gold: bool = False        # an oracle: its View.info is measured with the gold answer
 
@@ -543,6 +562,7 @@ class Method:
 
 
 METHODS = {
+    "none": Method(nothing, "#000000", keeps_none=True),
     "random": Method(uniform, "#7f7f7f", draws=True),
     "grid": Method(evenly_spaced, "#b5651d"),
     "fastv": Method(fastv, "#d55e00", needs_layer=True),
@@ -558,7 +578,7 @@ ORACLES = tuple(name for name, method in METHODS.items() if method.needs_gold)
 
 
 def check_method(name: str, layer: int):
-    """Raises InputError if there is no such method, or if it cannot act at this layer."""
+    """Raise InputError if there is no such method, or if it cannot act at this layer."""
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}; want one of {', '.join(METHODS)}")
     if layer == 0 and METHODS[name].needs_layer:
@@ -569,50 +589,59 @@ def check_method(name: str, layer: int):
 # ---- schedules and cost --------------------------------------------------------------------------
 
 def parse_schedule(text: str) -> list[tuple[int, str, float | int]]:
-    """"divprune@0:0.5 random@20=38" -> [(0, "divprune", 0.5), (20, "random", 38)].
+    """Parse "divprune@0:0.5 none@20" -> [(0, "divprune", 0.5), (20, "none", 0)].
 
     A stage is (layer, method, amount), layers ascending. The amount after ":" is the fraction of
-    the N tokens removed, a float; after "=" the number kept, an int. Raises InputError.
+    the N tokens removed, a float; after "=" the number kept, an int; none has no amount. Raises
+    InputError.
     """
     schedule = []
     for part in text.split():
-        number_of = r"(?::(\d*\.?\d+(?:e-\d+)?)|=(\d{1,9}))"
-        match = re.fullmatch(r"([\w-]+)@(\d{1,9})" + number_of, part)
+        match = re.fullmatch(r"([\w-]+)@(\d{1,9})(?::(\d*\.?\d+(?:e-\d+)?)|=(\d{1,9}))?", part)
         if not match:
-            raise InputError(f"schedule part {part!r} does not parse; want method@layer:ratio or "
-                             "method@layer=count, e.g. 'dart@2=252 random@20:0.9'")
+            raise InputError(f"schedule part {part!r} does not parse; want method@layer:ratio, "
+                             "method@layer=count or none@layer, e.g. 'dart@2=252 none@20'")
         method, layer, ratio, number = match.groups()
         layer = int(layer)
         check_method(method, layer)
+        if (ratio or number) is None and not METHODS[method].keeps_none:
+            raise InputError(f"schedule part {part!r}: how many tokens stay? want {part}:0.9, the "
+                             f"fraction removed, or {part}=20, the number kept")
+        if (ratio or number) is not None and METHODS[method].keeps_none:
+            raise InputError(f"schedule part {part!r}: {method} keeps nothing; want "
+                             f"{method}@{layer}")
         if ratio and float(ratio) > 1:
             raise InputError(f"schedule part {part!r}: ratio is {ratio}, want 0..1, the fraction "
                              "removed")
         if schedule and layer <= schedule[-1][0]:
             raise InputError(f"schedule {text!r}: layer {layer} after layer {schedule[-1][0]}; "
                              "layers must ascend")
-        amount = float(ratio) if ratio else int(number)
+        amount = float(ratio) if ratio else int(number or 0)
         schedule.append((layer, method, amount))
     return schedule
 
 
 def format_schedule(schedule) -> str:
-    """The inverse of `parse_schedule`."""
+    """Write a schedule as `parse_schedule` reads it."""
     parts = []
     for layer, method, amount in schedule:
-        sign = "=" if isinstance(amount, int) else ":"
-        parts.append(f"{method}@{layer}{sign}{amount}")
+        part = f"{method}@{layer}"
+        if not METHODS[method].keeps_none:
+            part += f"={amount}" if isinstance(amount, int) else f":{amount}"
+        parts.append(part)
     return " ".join(parts)
 
 
 def number_kept(amount: float | int, N: int) -> int:
-    """How many of N tokens an amount keeps: an int is that many, a float the fraction removed."""
+    """Return how many of N tokens an amount keeps: an int that many, a float the fraction removed.
+    """
     if isinstance(amount, int):
         return min(amount, N)
     return round(N * (1 - amount))
 
 
 def visual_tokens(schedule: list, N: int, L: int) -> list[int]:
-    """Visual tokens at the input of each of the L layers."""
+    """Return the number of visual tokens at the input of each of the L layers."""
     tokens = [N] * L
     for layer, _, amount in schedule:
         n = min(number_kept(amount, N), tokens[layer])
@@ -621,49 +650,13 @@ def visual_tokens(schedule: list, N: int, L: int) -> list[int]:
 
 
 def mean_visual_tokens(schedule: list, N: int, L: int) -> float:
-    """Mean over the layers of the visual tokens at each layer's input: the budget that makes
-    methods comparable."""
+    """Return the mean over the layers of the visual tokens at each layer's input: the budget that
+    makes methods comparable."""
     return sum(visual_tokens(schedule, N, L)) / L
 
 
-def at_budget(method: str, budget: float, horizon_layer: int, N: int, L: int) -> list[tuple]:
-    """Three schedules whose mean over L layers is `budget` of the N tokens: the method alone; with
-    random pruning from the horizon on; with nothing kept from the horizon on.
-
-    The division is the official code's. A method that needs a layer starts at layer 2, or at 1
-    where layers 0 and 1 would take over a quarter of the budget. Random keeps a fifth of the mean.
-    For a mean of 192 of 576: dart@2=252 or divprune@0=284, then random@20=39 or 38. Rounding
-    favours the method alone. Raises InputError where a stage would keep less than one token, or
-    more than all.
-    """
-    first = 0
-    if METHODS[method].needs_layer:
-        first = 2 if 2 <= budget * L / 4 else 1
-    if horizon_layer <= first:
-        raise InputError(f"layer {horizon_layer}: random cannot follow {method}, which starts at "
-                         f"layer {first}; want a later one")
-    alone = math.ceil((budget * L - first) * N / (L - first))
-    total = first * N + (L - first) * alone                 # tokens, summed over the layers
-    past = round(total / L / 5)
-    with_random = (total - first * N - (L - horizon_layer) * past) // (horizon_layer - first)
-    with_none = (total - first * N) // (horizon_layer - first)
-    if min(alone, past, with_random) < 1 or with_none > N:
-        raise InputError(f"budget {budget:.3g} does not fit {method} from layer {first} on and "
-                         f"random from layer {horizon_layer} on: they would keep {alone} alone, "
-                         f"{with_random} and {past}, {with_none} and 0, of {N} tokens")
-    shares = [fraction_removed(n, N) for n in (alone, with_random, past, with_none)]
-    return [((first, method, shares[0]),),
-            ((first, method, shares[1]), (horizon_layer, "random", shares[2])),
-            ((first, method, shares[3]), (horizon_layer, "random", 1.0))]
-
-
-def fraction_removed(n: int, N: int) -> float:
-    """The fraction removed that keeps n of N, with two digits more than N has."""
-    return round(1 - n / N, 2 + len(str(N)))
-
-
 def flops(config, rows: list[int], past: int = 0) -> int:
-    """Prefill FLOPs of the decoder layers, two per multiply-add.
+    """Count the prefill FLOPs of the decoder layers, two per multiply-add.
 
     config: the text config. rows: at each layer's input. past: rows before them whose keys and
     values are in the cache. Grouped queries and the three MLP matrices are counted as they are,

@@ -267,6 +267,13 @@ def read_shard(shard: Path, read):
         raise InputError(f"{shard}: cannot be read as safetensors ({e})")
 
 
+def files_read(path: Path) -> list[Path]:
+    """Return the files of a folder that decide what a model answers."""
+    names = ("config.json", "tokenizer.json", "generation_config.json", "preprocessor_config.json",
+             "processor_config.json")
+    return [path / name for name in names if (path / name).exists()] + find_shards(path)
+
+
 def find_shards(path: Path) -> list[Path]:
     """The files that the index names, or every *.safetensors where there is no index."""
     index = path / "model.safetensors.index.json"

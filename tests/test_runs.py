@@ -186,7 +186,7 @@ def test_a_truncated_image_is_named_and_the_answers_before_it_are_kept(tmp_path)
         (data / f"{i}.txt").write_text("Is it red? Please answer yes or no.\tYes\n"
                                        "Is it blue? Please answer yes or no.\tNo\n")
     bad = data / "3.jpg"
-    bad.write_bytes(bad.read_bytes()[:400])
+    bad.write_bytes(bad.read_bytes()[:-40])         # its header is right
     argv = ["--data", str(tmp_path), "--bench", "mme", "--schedule", "random@0=0", "--out",
             str(tmp_path / "out")]
     with pytest.raises(InputError, match=re.escape(f"{bad}: cannot be read as an image")):

@@ -1,0 +1,371 @@
+"""A run: its folder, the record of each question, appended as it comes so that whatever ends the run
+loses nothing, the processes of torchrun, where a result comes from, and the exit code.
+"""
+import hashlib
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from support import checkpoint
+from support.files import read_image, read_json, read_text, write_text
+from support.timing import device_name
+from tokprune import InputError
+
+try:
+    import fcntl
+except ImportError:                                     # Windows has no such locks
+    fcntl = None
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RANK = 0                                # number of this process
+WORLD = 1                               # how many processes there are
+LOCAL_RANK = 0                          # number of this process on its machine, and of its GPU
+if "TORCHELASTIC_RUN_ID" in os.environ:             # set by torchrun, with the three below
+    RANK = int(os.environ["RANK"])
+    WORLD = int(os.environ["WORLD_SIZE"])
+    LOCAL_RANK = int(os.environ["LOCAL_RANK"])
+
+RESUMES = "what was answered is kept, and the same command resumes"
+DIED = f"another process of this run has ended; {RESUMES}, with as many processes as you like"
+
+
+# ---- the folder of a run -------------------------------------------------------------------------
+
+# flags that decide no answer, and those that a hash of what they name stands for
+NOT_SETTINGS = {"command", "out", "json", "plot", "device", "dtype", "max_batch_tokens", "model",
+                "data"}
+ENGINE = ["tokprune.py", "information.py", "support/benchmarks.py"]
+
+
+def settings_of(args, model, data: dict) -> dict:
+    """Return what decides the answers of a run: flags, precision, pixel bounds, and hashes of the
+    code, the checkpoint and the questions."""
+    weight = next(model.parameters())
+    settings = {}
+    for name, value in sorted(vars(args).items()):
+        if name not in NOT_SETTINGS:
+            settings[name] = str(value) if isinstance(value, Path) else value
+    for bound in ("min_pixels", "max_pixels"):
+        settings[bound] = getattr(model.config, bound, None)
+    code = [*ENGINE, f"{type(model).__module__}.py", args.command.split()[0]]
+    questions = {name: short_hash([question.identity for question in of_benchmark])
+                 for name, of_benchmark in data.items()}
+    return settings | {
+        "device": weight.device.type, "dtype": str(weight.dtype)[6:],
+        "code": short_hash([(ROOT / file).read_text("utf-8") for file in code]),
+        "checkpoint": short_hash([(file.name, file.stat().st_size, hash_of_ends(file))
+                                  for file in checkpoint.files_read(args.model)]),
+        "questions": questions}
+
+
+def hash_of_ends(file: Path) -> str:
+    """Hash a file's first and last MiB: reading 14 GB would take a minute."""
+    with file.open("rb") as f:
+        start = f.read(2 ** 20)
+        f.seek(max(0, file.stat().st_size - 2 ** 20))
+        return hashlib.sha256(start + f.read()).hexdigest()
+
+
+def short_hash(parts: list) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:12]
+
+
+def open_folder(args, settings: dict) -> Path:
+    """Return the folder of this run, by default runs/<program>-<model>-<hash of the settings>.
+
+    Raises InputError if --out holds a run with other settings, or if another run writes there.
+    """
+    settings = json.loads(json.dumps(settings))
+    out = args.out
+    if out is None:
+        program = Path(args.command.split()[0]).stem
+        out = Path("runs") / f"{program}-{args.model.name}-{short_hash([settings])[:8]}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {out}: cannot be written ({e})")
+    if RANK == 0:
+        lock(out)
+    file = out / "settings.json"
+    if file.exists() or (out / "answers.jsonl").exists():
+        before = read_json(file)
+        differing = [f"{key} is {before.get(key)!r}, this run's is {value!r}"
+                     for key, value in settings.items() if before.get(key) != value]
+        if differing:
+            raise InputError(f"--out {out}: holds a run with other settings: "
+                             + ", ".join(differing))
+    barrier()                                           # every process has looked
+    if LOCAL_RANK == 0:
+        write_text(file, json.dumps(settings, indent=1) + "\n")
+    return out
+
+
+locked = None                           # the folder that this process writes to, open and locked
+
+
+def lock(folder: Path):
+    """Lock the folder until this process ends. Raises InputError if another run writes there."""
+    global locked
+    if fcntl is None:
+        return
+    if locked is not None:
+        os.close(locked)
+    locked = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--out {folder}: another run is writing there; want another folder")
+    except OSError:                                     # some file systems have no locks
+        pass
+
+
+def provenance(args, model) -> dict:
+    """Return the command, versions, commit and machine that a result comes from."""
+    packages = {name: version(name) for name in ("safetensors", "tokenizers", "pillow", "numpy")}
+    packages["torch"] = torch.__version__               # with its build: +cpu, +cu130
+    return {"command": args.command, "python": platform.python_version(), "packages": packages,
+            "commit": commit(), "processes": WORLD, "threads": torch.get_num_threads(),
+            "device_name": device_name(next(model.parameters()).device)}
+
+
+def commit() -> str:
+    """Return the commit of the code, and whether it was changed since; "" outside its own git."""
+    def git(*command):
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return ""                                   # a copy that lies in another repository
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" and changes" if changed else "")
+    except OSError:
+        return ""
+
+
+def write_result(out: Path, result: dict, as_json: bool):
+    """Write result.json in the folder of the run; print its path and, with --json, the object."""
+    if RANK != 0:
+        return
+    file = out / "result.json"
+    write_text(file, json.dumps(result, indent=1) + "\n")
+    print(f"result: {file}")
+    if as_json:
+        print(json.dumps(result))
+
+
+# ---- records -------------------------------------------------------------------------------------
+
+def collect(out: Path, benchmark: str, questions: list, model, work) -> list[dict]:
+    """Return the record of every question, in their order.
+
+    work(question, image) returns a record: a dict whose "scores" has "unpruned". Images are read
+    ahead. Of the questions that no process has a record of, this one works on every WORLD-th.
+    Raises InputError at the end if memory ran out on some; all others have their records by then.
+    """
+    records = read_records(out, benchmark)
+    known = gather(set(records))                        # a set of ids a process
+    open_questions = [question for question in questions
+                      if not any(question.id in ids for ids in known)]
+    mine = open_questions[RANK::WORLD]
+    file = out / ("answers.jsonl" if WORLD == 1 else f"answers.rank{RANK}.jsonl")
+    began = time.time()
+    total = 0.0
+    for number, (question, image) in enumerate(read_ahead(model, mine), 1):
+        record = attempt(work, question, image)
+        if record is not None:
+            record = {"benchmark": benchmark, "id": question.id, **record}
+            append(file, record)
+            records[question.id] = record
+            total += record["scores"]["unpruned"]
+        progress(benchmark, number, len(mine), began, f"unpruned {100 * total / number:.1f}")
+    known_before = set().union(*known[:RANK])           # another process passes these on
+    passed_on = {id: record for id, record in records.items() if id not in known_before}
+    records = {}
+    for of_process in gather(passed_on):
+        records |= of_process
+    if RANK == 0:
+        merge(out, benchmark, questions, records)
+    failed = [question for question in questions if question.id not in records]
+    if failed:
+        raise InputError(f"{benchmark}: memory ran out on {len(failed)} of {len(questions)} "
+                         f"questions, the first is {failed[0].id} ({failed[0].image}); want fewer "
+                         f"--max-pixels, a smaller --max-batch-tokens or another --device; "
+                         f"{RESUMES} with these")
+    return [records[question.id] for question in questions]
+
+
+def read_records(out: Path, benchmark: str) -> dict[str, dict]:
+    """Return the records of a benchmark that lie in a folder, by id.
+
+    A last line that is cut off is not among them: its question is asked again. Raises InputError.
+    """
+    records = {}
+    for file in answer_files(out):
+        for number, line in enumerate(read_text(file).split("\n")[:-1], 1):
+            try:
+                record = json.loads(line)
+                complete = {"benchmark", "id", "answers", "scores"} <= record.keys()
+            except (json.JSONDecodeError, AttributeError):
+                complete = False
+            if not complete:
+                raise InputError(f"{file}: cannot be read as the answers of an earlier run; line "
+                                 f"{number} is {line[:60]!r}")
+            if record["benchmark"] == benchmark:
+                records[record["id"]] = record
+    return records
+
+
+def answer_files(out: Path) -> list[Path]:
+    return [*out.glob("answers.jsonl"), *sorted(out.glob("answers.rank*.jsonl"))]
+
+
+def merge(out: Path, benchmark: str, questions: list, records: dict[str, dict]):
+    """Make one file of the answers of all processes: other benchmarks' and other questions' lines
+    as they are, then these, in the questions' order."""
+    ids = {question.id for question in questions}
+    lines = []
+    for file in answer_files(out):
+        for line in read_text(file).splitlines(keepends=True):
+            if line.endswith("\n"):
+                record = json.loads(line)
+                if record["benchmark"] != benchmark or record["id"] not in ids:
+                    lines.append(line)
+    lines += [json.dumps(records[question.id]) + "\n" for question in questions
+              if question.id in records]
+    write_text(out / "answers.jsonl", "".join(dict.fromkeys(lines)))
+    for file in out.glob("answers.rank*.jsonl"):
+        file.unlink()
+
+
+def append(file: Path, record: dict):
+    try:
+        with file.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as e:
+        raise InputError(f"{file}: cannot be written ({e.strerror}); {RESUMES}")
+
+
+READERS = 4                             # threads that read images ahead of the model
+
+
+def read_ahead(model, questions: list):
+    """Yield each question and a function that returns its image, preprocessed."""
+    def prepare(question):
+        return model.preprocess(read_image(question.image))
+    pool = ThreadPoolExecutor(READERS)
+    waiting = deque()
+    try:
+        for question in questions:
+            waiting.append((question, pool.submit(prepare, question)))
+            if len(waiting) > 2 * READERS:
+                ready, future = waiting.popleft()
+                yield ready, future.result
+        for ready, future in waiting:
+            yield ready, future.result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def attempt(work, question, image) -> dict | None:
+    """Return the record of a question; None where memory runs out, which is printed."""
+    try:
+        return work(question, image())
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+    print(f"\n{Path(sys.argv[0]).name}: question {question.id} ({question.image}): out of memory",
+          file=sys.stderr)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out: torch has a type of its own for it on CUDA only."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    message = "can't allocate memory|out of memory|ALLOC_FAILED"
+    return re.search(message, str(error)) is not None
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+def gather(value) -> list:
+    """Return the value of every process, in the order of their ranks, to each of them. Raises
+    InputError if one has died."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        try:
+            if not dist.is_initialized():               # the slowest may be days behind
+                dist.init_process_group("gloo", timeout=timedelta(days=30))
+            dist.all_gather_object(values, value)
+        except RuntimeError as e:                       # gloo's message has several lines
+            raise InputError(f"{DIED} ({str(e).splitlines()[0][:200]})") from e
+    return values
+
+
+def barrier():
+    """Wait for every process of the run. Raises InputError if one has died."""
+    gather(None)
+
+
+def progress(what: str, number: int, of: int, began: float, note: str = ""):
+    """Print a line that overwrites itself and is gone at the end; nothing where nobody watches."""
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        return
+    line = ""
+    if number < of:
+        rate = number / (time.time() - began)
+        rest = timedelta(seconds=round((of - number) / rate))
+        line = f"{what} {number}/{of}  {note}  {rate:.1f}/s  {rest} left"
+    print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+
+# ---- from start to exit code ---------------------------------------------------------------------
+
+def start(main):
+    """Run main(argv), then exit with 0; or with 2 and one line on stderr for input that cannot be
+    used, a signal, or memory that ran out."""
+    program = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, stop)                 # torchrun sends it when a process has died
+    for stream in (sys.stdout, sys.stderr):             # a console that lacks a letter gets \u...
+        stream.reconfigure(errors="backslashreplace")
+    if RANK:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")    # one process speaks for all
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except (InputError, KeyboardInterrupt) as e:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(fail(program, str(e) or f"interrupted; {RESUMES}"))
+    except BrokenPipeError:                             # ... | head: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        message = str(e).split("\n")[0] or "MemoryError"
+        sys.exit(fail(program, f"memory ran out ({message})"))
+
+
+def fail(program: str, message: str) -> int:
+    print(f"{program}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def stop(*_):
+    raise InputError(DIED if WORLD > 1 else f"stopped by a signal; {RESUMES}")
