@@ -222,8 +222,8 @@ def information_against_naive(table: Table, setting: Setting):
     question = load_benchmark("textvqa", TINY)[0]
     stream = model.begin(read_image(question.image), question.prompt)
     layers = [20] if setting.small else list(range(1, model.num_layers))
-    calls = {"ours": lambda: token_information(model, stream, question.gold_normalised, layers),
-             "naive": lambda: naive_information(model, stream, question.gold_normalised, layers)}
+    calls = {"ours": lambda: token_information(model, stream, question.gold_normalized, layers),
+             "naive": lambda: naive_information(model, stream, question.gold_normalized, layers)}
     ms = time_in_turns(calls, min(setting.rounds, 3), setting.device)
     table.add("information on the built-in model: times as fast as the naive loop",
               ms["naive"]["median"] / ms["ours"]["median"], 10,

@@ -16,7 +16,7 @@ import numpy as np
 
 from information import MEASURES, first_token_is_space, measure_beforehand
 from support import flags, report
-from support.benchmarks import TOTALS, Question, images_of, is_overlong, score
+from support.benchmarks import Question, images_of, is_overlong, official_totals, score
 from support.pictures import plot
 from support.run import (RANK, collect, open_folder, provenance, settings_of, start,
                          write_result)
@@ -162,7 +162,7 @@ def summarize(model, benchmark: str, questions: list[Question], records: list[di
                "standard_error": standard_error(means[schedule], image)}
         row |= differences(group[0], means, image)
         row |= costs(model, group[0], records)
-        row["totals"] = totals(benchmark, questions, scores[schedule])
+        row["totals"] = totals(questions, scores[schedule])
         row |= odd_answers(group, questions, records)
         rows.append(row)
     return rows
@@ -208,12 +208,10 @@ def costs(model, cell: Cell, records: list[dict]) -> dict:
             "gflops": float(np.mean(gflops))}
 
 
-def totals(benchmark: str, questions: list[Question], of_seeds: list[list[float]]) -> dict:
+def totals(questions: list[Question], of_seeds: list[list[float]]) -> dict:
     """Return what the benchmark's paper reports, averaged over seeds; {} where that is the score.
     """
-    if benchmark not in TOTALS:
-        return {}
-    each = [TOTALS[benchmark](questions, np.array(scores)) for scores in of_seeds]
+    each = [official_totals(questions, np.array(scores)) for scores in of_seeds]
     means = {}
     for name, value in each[0].items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -422,7 +422,7 @@ def measure_questions(model, questions: list, images: list, layers: list[int], a
 
 def points(answer: str, question, unpruned: str) -> float:
     """Score an answer; without a gold answer, 1 if it is the unpruned one."""
-    if not question.answers:
+    if not question.gold:
         return float(answer == unpruned)
     return score(answer, question)[1]
 
@@ -432,7 +432,7 @@ def answer_to_measure(question, answers: str, target: str, own: str) -> str:
     is empty, the gold one. Raises InputError where there is neither."""
     if answers == "own" and own:
         return own
-    if not question.answers:
+    if not question.gold:
         raise InputError(f"question {question.id}: the model's own answer is empty, and it has no "
                          "gold one; there is nothing to measure")
     return question.gold_for(target)
@@ -463,9 +463,9 @@ def horizons_of(questions: list, records: list[dict], tolerance: float, threshol
 def first_token_is_space(model, question) -> bool:
     """Tell whether target "first" sees no content of the gold answer: LLaMA's vocabulary begins a
     number with a space of its own, so that the first token of "2" and of "7" is the same."""
-    if not question.answers:
+    if not question.gold:
         return False
-    return not model.tokenizer.decode(model.answer_ids(question.gold_normalised)[:1]).strip()
+    return not model.tokenizer.decode(model.answer_ids(question.gold_normalized)[:1]).strip()
 
 
 def to_json(values: np.ndarray) -> dict:
@@ -558,7 +558,7 @@ def summarize(model, questions: list, records: list[dict], values: list[np.ndarr
     """Return a benchmark's part of result.json: information by layer, horizons, counts."""
     rows = statistics.information_by_layer(values, images_of(questions), layers)
     horizons = horizons_of(questions, records, tolerance, threshold)
-    with_gold = [record for question, record in zip(questions, records) if question.answers]
+    with_gold = [record for question, record in zip(questions, records) if question.gold]
     return {"information": rows, "horizons": horizons, "horizon": horizons["score"],
             "vanishes": statistics.layer_without_information(rows), "asked": len(questions),
             "images": len({question.image for question in questions}),

@@ -1,16 +1,41 @@
-"""Text, JSON, JSON lines and images, read or refused in one line; text written whole or not at all.
-"""
+"""Text, JSON, TSVs and images, read or refused in one line; text written whole or not at all."""
+import base64
 import contextlib
+import csv
+import functools
+import io
+import itertools
 import json
+import os
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
+from support.image import on_white
 from tokprune import InputError
+
+warnings.filterwarnings("ignore", module="PIL")     # about palettes: right, and not for the user
+
+
+def on_disk(path: Path) -> Path:
+    """Return the path as the disk spells it: a letter such as ä has two Unicode forms."""
+    if os.path.exists(path):
+        return path
+    found = Path(path.anchor)
+    for part in path.relative_to(path.anchor).parts:
+        forms = [part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part)]
+        found /= next((form for form in forms if os.path.exists(found / form)), part)
+    return found
 
 
 def read_text(file: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark. Raises InputError."""
+    """Return the text of a UTF-8 file, without a byte order mark. Raises InputError."""
     try:
         return file.read_text("utf-8-sig")
     except FileNotFoundError:
@@ -22,7 +47,7 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path) -> dict:
-    """The object that a JSON file holds. Raises InputError."""
+    """Return the object that a JSON file holds. Raises InputError."""
     text = read_text(file)
     try:
         found = json.loads(text)
@@ -34,7 +59,7 @@ def read_json(file: Path) -> dict:
 
 
 def read_lines(file: Path, **fields) -> list[dict]:
-    """The objects of a file of JSON lines, each with these fields of these types.
+    """Return the objects of a file of JSON lines, each with these fields of these types.
 
     Raises InputError, which names the line.
     """
@@ -51,7 +76,7 @@ def read_lines(file: Path, **fields) -> list[dict]:
 
 
 def require(entry, file: Path, where: str, **fields) -> dict:
-    """The entry, if it is an object that has these fields, of these types. Raises InputError.
+    """Return the entry if it is an object with these fields, of these types. Raises InputError.
 
     fields: a type, or a tuple of types, for each name. true and false are not numbers.
     """
@@ -78,26 +103,132 @@ def write_text(file: Path, text: str):
                          "want a folder that can be written to, with room")
 
 
-def read_image(file: Path) -> Image.Image:
-    """The whole image, decoded. Raises InputError, but MemoryError where memory runs out."""
+# ---- TSVs ----------------------------------------------------------------------------------------
+
+def read_tsv(file: Path) -> Iterator[tuple[int, int, dict[str, str]]]:
+    """Yield each row of a TSV, {column: text}, behind its place in the file: first byte, bytes.
+
+    Raises InputError.
+    """
+    csv.field_size_limit(2 ** 31 - 1)                       # a cell may hold an image
+    start = end = 0
+    head = None
+
+    def read_lines_of(f):
+        nonlocal end
+        for line in f:
+            end += len(line)
+            yield line.decode("utf-8-sig")
     try:
-        image = Image.open(file)
-        image.load()
+        with file.open("rb") as f:
+            lines = read_lines_of(f)
+            for line in lines:
+                cells = split_row(line, lines)
+                if head is None:
+                    head = cells
+                elif len(cells) == len(head):
+                    yield start, end - start, dict(zip(head, cells))
+                elif line.strip():
+                    raise InputError(f"{file}: the row at byte {start} has {len(cells)} cells; "
+                                     f"want {len(head)}")
+                start = end
     except FileNotFoundError:
-        raise InputError(f"{file}: not found; want an image")
-    except MemoryError:
+        raise InputError(f"{file}: not found")
+    except (csv.Error, OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{file}: the row at byte {start} cannot be read ({e})")
+
+
+def split_row(line: str, more: Iterator[str] = iter(())) -> list[str]:
+    """Split a row at its tabs. Quotes are CSV's: between them may be tabs and more lines."""
+    if '"' not in line:
+        return line.rstrip("\r\n").split("\t")                 # a fifth of the time
+    return next(csv.reader(itertools.chain([line], more), delimiter="\t"))
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, order=True)
+class Published:
+    """An image of a published benchmark, which is read as the benchmark's own scripts read it: a
+    file, or the base64 text in one cell of a TSV. A path alone is an image of a user's own."""
+    file: Path
+    start: int = 0                      # in a TSV: the first byte of its row
+    size: int = 0                       # bytes of its row; 0: the whole file is the image
+    column: int = 0
+    name: str = ""                      # how the TSV calls it
+
+    def __str__(self) -> str:
+        return f"{self.file}, byte {self.start}" if self.size else str(self.file)
+
+    def open(self) -> Path | io.BytesIO:
+        """Return what Pillow opens. A TSV's row is read only now: all of them may be a GB."""
+        if not self.size:
+            return self.file
+        with self.file.open("rb") as f:
+            f.seek(self.start)
+            row = f.read(self.size).decode("utf-8-sig")
+        text = split_row(row)[self.column].strip("[]'\" ")     # or a list of one, as text
+        return io.BytesIO(base64.b64decode(text.split(",")[-1]))    # behind data:image/png;base64,
+
+
+class Header(NamedTuple):
+    size: tuple[int, int]               # width, height of what `read_image` returns
+    turned: bool                        # EXIF says so
+    transparent: bool                   # in parts
+
+
+@functools.cache
+def read_header(image: Path | Published) -> Header:
+    """Return what an image's header says; its pixels are not decoded. Raises InputError."""
+    with opened(image) as found:
+        lies_on_its_side = orientation(found) >= 5 and not isinstance(image, Published)
+        size = found.size[::-1] if lies_on_its_side else found.size
+        return Header(size, orientation(found) > 1, found.has_transparency_data)
+
+
+def read_image(image: Path | Published) -> Image.Image:
+    """Return the whole image, decoded: one of a user's own as a viewer shows it, one of a published
+    benchmark as its scripts read it. Raises InputError, but MemoryError where memory runs out."""
+    with opened(image) as found:
+        found.load()
+        return found if isinstance(image, Published) else as_shown(found)
+
+
+MOST_MEMORY = 2 ** 31                   # bytes of an image, padded to a square as LLaVA does
+
+
+@contextlib.contextmanager
+def opened(image: Path | Published):
+    try:
+        with Image.open(image.open() if isinstance(image, Published) else on_disk(image)) as found:
+            need = 3 * max(found.size) ** 2
+            if need > MOST_MEMORY:
+                raise InputError(f"{image}: is {found.width}x{found.height}; padded to a square it "
+                                 f"takes {need / 2**30:.0f} GiB, want at most "
+                                 f"{MOST_MEMORY / 2**30:.0f}")
+            yield found
+    except FileNotFoundError:
+        raise InputError(f"{image}: not found; want an image")
+    except (InputError, MemoryError):
         raise
     except Exception as e:          # Pillow raises OSError, ValueError, SyntaxError and its own
-        raise InputError(f"{file}: cannot be read as an image ({e})")
-    return image
+        raise InputError(f"{image}: cannot be read as an image ({e})")
 
 
-def image_size(file: Path) -> tuple[int, int]:
-    """Return width and height, from the header. Raises InputError."""
-    try:
-        with Image.open(file) as image:
-            return image.size
-    except FileNotFoundError:
-        raise InputError(f"{file}: not found; want an image")
-    except Exception as e:
-        raise InputError(f"{file}: cannot be read as an image ({e})")
+def orientation(image: Image.Image) -> int:
+    """Return how EXIF asks a viewer to turn or mirror the image: 2 to 8; 1: not at all. Broken EXIF
+    asks nothing."""
+    with contextlib.suppress(Exception):
+        value = Image.Image.getexif(image).get(0x0112, 1)
+        return value if value in range(2, 9) else 1
+    return 1
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """Return the image as a viewer shows it: turned, 16-bit grey scaled, laid on white."""
+    if orientation(image) > 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                          # convert("RGB") would clip at 255
+        grey = np.asarray(image) / 257                      # 65535 is white
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    return on_white(image) if image.has_transparency_data else image

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from support import checkpoint
-from support.benchmarks import BENCHMARKS, STYLES, Question, load_benchmark
+from support.benchmarks import BENCHMARKS, FILES, STYLES, Question, load_benchmark
 from support.run import LOCAL_RANK, ROOT, WORLD
 from tokprune import Decoding, InputError
 
@@ -95,8 +95,8 @@ def add_data_flags(p: Parser):
     group.add_argument("--data", type=Path, default=ROOT / "tiny", metavar="FOLDER",
                        help="where the benchmarks' files lie, at any depth (default: tiny)")
     group.add_argument("--bench", default="mme,textvqa", metavar="NAMES",
-                       help=f"comma-separated, of {', '.join(BENCHMARKS)} and .jsonl files of your "
-                            "own (default: %(default)s)")
+                       help=f"comma-separated, of {', '.join(BENCHMARKS)}, your own .jsonl files "
+                            "and VLMEvalKit's .tsv (default: %(default)s)")
     group.add_argument("--prompt-style", choices=STYLES,
                        help="llava: TextVQA's questions show OCR tokens (default: they do not)")
     group.add_argument("--limit", type=whole(1), metavar="N",
@@ -205,9 +205,9 @@ def load_data(args, gold: bool = True) -> dict[str, list[Question]]:
     """Return the questions of each benchmark of --bench. gold: they need gold answers."""
     data = {}
     for name in args.bench.split(","):
-        if name not in BENCHMARKS and not name.endswith(".jsonl"):
+        if name not in BENCHMARKS and not name.endswith(tuple(FILES)):
             raise InputError(f"--bench: unknown benchmark {name!r}; want one of "
-                             f"{', '.join(BENCHMARKS)} or a .jsonl file")
+                             f"{', '.join(BENCHMARKS)} or a .jsonl or .tsv file")
         short = Path(name).name
         if short in data:
             raise InputError(f"--bench: {args.bench}: two of one name; want each once")

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from support.benchmarks import COGNITION, COLUMNS, PERCEPTION
+from support.benchmarks import COLUMNS, remarks
 from support.statistics import FEW, NOISE, mean_of_layer_1
 from tokprune import METHODS
 
@@ -64,12 +64,8 @@ def print_asked(benchmark: str, questions: list, known: list, template: str) -> 
     """Print how much of the benchmark is asked, and the first prompt, which is returned."""
     images = len({question.image for question in questions})
     prompt = template.format(question=questions[0].prompt)
-    subtasks = ""
-    if benchmark == "mme":
-        asked = len({question.group for question in questions})
-        subtasks = f", {asked} of {len(PERCEPTION + COGNITION)} subtasks"
-    print(f"\n{benchmark}: {part_of(len(questions), len(known))}, {images} images{subtasks}; "
-          f"the first prompt: {json.dumps(prompt)}\n")
+    asked = [part_of(len(questions), len(known)), f"{images} images", *remarks(questions)]
+    print(f"\n{benchmark}: {', '.join(asked)}; the first prompt: {json.dumps(prompt)}\n")
     return prompt
 
 
@@ -97,7 +93,7 @@ def print_few(benchmark: str, images: int):
 
 def print_table(benchmark: str, rows: list[dict]):
     """Print a row for each schedule."""
-    totals = COLUMNS.get(benchmark, ())
+    totals = [name for name in COLUMNS if name in rows[0]["totals"]]
     compared = any(row["minus_first"] for row in rows)
     heads = [benchmark, "score", "±", *totals, "- unpruned", "- random", "- none"]
     if compared:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from support import checkpoint
-from support.files import image_size, read_image, read_json, read_text, write_text
+from support.files import read_header, read_image, read_json, read_text, write_text
 from support.timing import device_name
 from tokprune import InputError
 
@@ -216,7 +216,7 @@ def collect(out: Path, benchmark: str, questions: list, model, work, at_once) ->
 def shape_of(model, question) -> tuple:
     """Return the shape of a question's prompt, from the header of its image. Raises InputError."""
     try:
-        return model.shape(image_size(question.image), question.prompt)
+        return model.shape(read_header(question.image).size, question.prompt)
     except InputError as e:
         raise InputError(f"{question.source}: question {question.id} ({question.image}): {e}")
 

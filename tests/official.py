@@ -16,7 +16,7 @@ def lines(*entries) -> str:
     return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
-def official_files(root: Path, images: bool = True) -> Path:
+def official_files(root: Path) -> Path:
     texts = {
         "MME/OCR/0001.txt": "\ufeffIs it? Please answer yes or no. \tYes\r\n\n"
                             "Is it not?  Please answer yes or no.\tNo \n",
@@ -39,7 +39,7 @@ def official_files(root: Path, images: bool = True) -> Path:
     for name, text in texts.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    for name in IMAGES if images else []:
+    for name in IMAGES:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20)).save(root / name)
     return root

@@ -68,7 +68,7 @@ BAD_INPUT = [
     ("--limit 0", "--limit: 0, want 1 or more"),
     ("--limit x", "--limit: x"),
     ("--prompt-style other", "--prompt-style"),
-    ("--prompt-style llava", "there is neither TextVQA_Rosetta_OCR"),
+    ("--prompt-style llava", "there is no TextVQA_Rosetta_OCR"),
     # measuring
     ("information.py --tolerance 2", "--tolerance: 2"),
     ("information.py --threshold -1", "--threshold: -1"),

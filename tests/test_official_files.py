@@ -7,7 +7,7 @@ import pytest
 from official import COCO, PROBLEM, lines, official_files
 from PIL import Image
 
-from support.benchmarks import (BENCHMARKS, LETTER, OCR, SHORT, load_benchmark, paths_under, score)
+from support.benchmarks import (BENCHMARKS, LETTER, SHORT, load_benchmark, paths_under, score)
 from tokprune import InputError
 
 
@@ -29,34 +29,18 @@ def test_official_files_are_found_and_asked_as_llavas_scripts_ask(data):
     sqa = "Context: Look.\nWhich?\nA. this\nB. that" + LETTER
     assert prompts(data, "scienceqa") == [sqa]
     [question] = load_benchmark("scienceqa", data)
-    assert question.answers == ["B"] and question.group == ""
+    assert question.gold == ["B"] and question.group == ""
     assert prompts(data, "pope")[0] == "Is there a cat in the image?" + SHORT
     assert [q.id for q in load_benchmark("pope", data)][:3] == ["random/1", "random/2", "popular/1"]
     for name in BENCHMARKS:
-        assert all(q.image.exists() for q in load_benchmark(name, data))
+        assert all(q.image.file.exists() for q in load_benchmark(name, data))
 
 
-def test_prompt_styles_differ_where_the_tools_do(data):
+def test_ocr_tokens_are_shown_in_llavas_style_alone(data):
     assert prompts(data, "textvqa", "llava") == ["What?\nReference OCR token: Acme, 5" + SHORT]
-    assert prompts(data, "textvqa", "lmms-eval") == ["What?" + SHORT]
-    assert prompts(data, "mme", "lmms-eval")[0] == "Is it? Please answer yes or no." + SHORT
     (data / "vqa" / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
-    with pytest.raises(InputError, match="there is neither TextVQA_Rosetta_OCR_v0.2_val.json nor"):
+    with pytest.raises(InputError, match="there is no TextVQA_Rosetta_OCR_v0.2_val.json"):
         prompts(data, "textvqa", "llava")
-    line = {"question_id": "1", "image": "1.jpg", "text": "What?" + OCR + "ACME" + SHORT}
-    (data / "llava_textvqa_val_v051_ocr.jsonl").write_text(lines(line))
-    assert prompts(data, "textvqa", "llava") == ["What?\nReference OCR token: ACME" + SHORT]
-
-
-def test_without_images_the_same_questions_are_there_and_scienceqas_others_too(tmp_path):
-    bare = official_files(tmp_path / "bare", images=False)
-    full = official_files(tmp_path / "full")
-    for name in BENCHMARKS:
-        want = [q.id for q in load_benchmark(name, full)]
-        got = [q.id for q in load_benchmark(name, bare, images=False) if q.group != "text"]
-        assert got == want
-    others = [q.id for q in load_benchmark("scienceqa", bare, images=False) if q.group == "text"]
-    assert others == ["8"]
 
 
 def test_linked_folders_are_walked_and_loops_are_not(data, tmp_path):
@@ -102,45 +86,46 @@ TEXT = "MME/OCR/0001.txt"
 VQA = "vqa/TextVQA_0.5.1_val.json"
 POPULAR = "pope/coco_pope_popular.json"
 ENTRY = {"question": "?", "question_id": 7, "image_id": "1", "answers": ["a"] * 10}
-CHOICE = {"question": "?", "choices": ["x"], "answer": 0}
+BAD = "not as published: "
 
 
 @pytest.mark.parametrize("change, message", [
-    (remove("MME/OCR/0001.jpg"), "0001.txt: no image 0001.jpg"),
-    (remove(TEXT), "OCR: no .txt with questions in it"),
-    (edit(TEXT, "Is it? Yes\nIs it not?\tNo\n"), "0001.txt: holds ['Is it? Yes', "),
-    (edit(TEXT, "Is it?\tYes\n"), "want two lines"),
-    (edit(TEXT, b"Is it \xe9?\tYes\nIs it not?\tNo\n"), "0001.txt: not UTF-8"),
+    (remove("MME/OCR/0001.jpg"), "0001.txt: has no 0001.jpg"),
+    (remove(TEXT), "0001.jpg: has no 0001.txt"),
+    (edit("MME/OCR/0002.jpg", "x"), "0002.jpg: has no 0002.txt"),
+    (copy("MME/OCR/0001.jpg", "MME/OCR/0001.png"), "0001 is there twice, as 0001.jpg too"),
     (copy("MME/OCR", "OCR"), "question OCR/0001/0 is there twice"),
-    (edit("MME/OCR/0002.jpg", "x"), "0002.jpg: want one 0002.txt for one image 0002"),
-    (copy("MME/OCR/0001.jpg", "MME/OCR/0001.png"), "want one 0001.txt for one image 0001"),
-    (edit(VQA, {"data": 5}), 'the whole {"data": 5}: want data'),
-    (edit(VQA, {"data": ["x"]}), 'data[0] "x": want an object'),
-    (edit(VQA, "[]"), "holds a list, want a JSON object"), (edit(VQA, "{"), "not valid JSON"),
-    (edit(VQA, '{"data": ' + "[" * 100000), "not valid JSON"),
-    (edit(VQA, {"data": [ENTRY | {"answers": ["a"]}]}), "answers are ['a'], want a list of ten"),
-    (edit(VQA, {"data": [ENTRY | {"question_id": None}]}), "question_id is null"),
-    (edit(VQA, {"data": [ENTRY | {"question": "\ud83d?"}]}), "holds half a character"),
     (remove("vqa/train_images/1.jpg"), "1.jpg: not found; question 0 of textvqa"),
     (copy(VQA, "TextVQA_0.5.1_val.json"), "TextVQA_0.5.1_val.json is there 2 times"),
     (zipped("vqa/train_images", "vqa/train_val_images.zip"), "not unpacked: "),
     (zipped("pope", "pope.zip"), "no pope found in it; not unpacked: "),
     (remove(POPULAR), "without coco_pope_popular.json; POPE's F1 is the mean of three"),
-    (edit(POPULAR, '{"question_id": 1}'), "coco_pope_popular.json: line 1"),
-    (edit(POPULAR, "{\n"), "coco_pope_popular.json: line 1 is not valid JSON"),
     (edit(POPULAR, "\n"), "coco_pope_popular.json: is empty"),
-    (edit(POPULAR, lines({"question_id": 1, "image": COCO, "text": "?", "label": "maybe"})),
-     "label is 'maybe', want yes or no"),
     (remove(f"coco/val2014/{COCO}"), f"{COCO}: not found"),
     (remove("sqa/images/test/7/image.png"), "image.png: not found; question 7 of scienceqa"),
-    (edit("sqa/pid_splits.json", {"test": ["70"]}), "question 70 null: want an object"),
-    (edit("sqa/pid_splits.json", {"test": 3}), 'the whole {"test": 3}: want test'),
     (remove("sqa/pid_splits.json"), "problems.json: is here, pid_splits.json is not"),
-    (edit("sqa/problems.json", {"7": PROBLEM | {"choices": ["x", None]}, "8": CHOICE}),
-     "want strings"),
-    (edit("sqa/problems.json", {"7": PROBLEM | {"answer": True}, "8": CHOICE}), "answer is true"),
-    (edit("sqa/problems.json", {"7": PROBLEM | {"answer": 2}, "8": CHOICE}),
-     "question 7: answer is 2 of 2 choices")])
+    # not as published: one guard, with file, entry and what was found
+    (edit(TEXT, "Is it? Yes\nIs it not?\tNo\n"), "0001.txt: " + BAD + '["Is it? Yes", '),
+    (edit(TEXT, "Is it?\tYes\n"), "0001.txt: " + BAD),
+    (edit(TEXT, "Is it?\tYes\nIs it not?\tPerhaps\n"), "OCR/0001/1: the answer is 'Perhaps'"),
+    (edit(TEXT, b"Is it \xe9?\tYes\nIs it not?\tNo\n"), "0001.txt: not UTF-8"),
+    (edit(VQA, {"data": 5}), 'the whole {"data": 5}: want data'),
+    (edit(VQA, {"data": ["x"]}), VQA[4:] + ": " + BAD + '"x" (TypeError'),
+    (edit(VQA, "[]"), "holds a list, want a JSON object"), (edit(VQA, "{"), "not valid JSON"),
+    (edit(VQA, '{"data": ' + "[" * 100000), "not valid JSON"),
+    (edit(VQA, {"data": [ENTRY | {"answers": ["a"]}]}), "question 7: 1 answers, want ten"),
+    (edit(VQA, {"data": [ENTRY | {"answers": [5] * 10}]}), "question 7: answers are [5, "),
+    (edit(VQA, {"data": [ENTRY | {"question": None}]}), VQA[4:] + ": " + BAD),
+    (edit(VQA, {"data": [ENTRY | {"question": "\ud83d?"}]}), "holds half a character"),
+    (edit(POPULAR, '{"question_id": 1}'), "coco_pope_popular.json: " + BAD + '{"question_id": 1}'),
+    (edit(POPULAR, "{\n"), "coco_pope_popular.json: line 1 is not valid JSON"),
+    (edit(POPULAR, lines({"question_id": 1, "image": COCO, "text": "?", "label": "maybe"})),
+     "question popular/1: the answer is 'Maybe', want yes or no"),
+    (edit("sqa/pid_splits.json", {"test": ["70"]}), "problems.json: " + BAD + "\"70\" (KeyError"),
+    (edit("sqa/pid_splits.json", {"test": 3}), 'the whole {"test": 3}: want test'),
+    (edit("sqa/problems.json", {"7": PROBLEM | {"choices": ["x", None]}}), BAD + '"7" (TypeError'),
+    (edit("sqa/problems.json", {"7": PROBLEM | {"choices": ["x"] * 6}}), BAD + '"7" (ValueError'),
+    (edit("sqa/problems.json", {"7": PROBLEM | {"answer": 2}}), BAD + '"7" (IndexError')])
 def test_wrong_data_is_named(change, message, data):
     change(data)
     with pytest.raises(InputError, match=re.escape(message)) as e:
@@ -168,8 +153,18 @@ def test_a_file_of_your_own_is_read_and_scored(folder):
     questions = load_benchmark(str(file), folder)
     assert [q.id for q in questions] == ["x", "2", "3", "4"]
     assert all(q.prompt == "What?" for q in questions)
+    assert [q.gold[-1] for q in questions] == ["Yes", "red", "B", "a cat"]
     answers = ["yes!", "Red", "B. x", "A cat."]
     assert [score(answer, q)[1] for answer, q in zip(answers, questions)] == [1, 0.3, 1, 1]
+
+
+@pytest.mark.parametrize("gold", ["a cat ", " a cat", "a cat\n", "a cat\u00a0"])
+def test_spaces_around_a_gold_answer_are_taken_off(gold, folder):
+    """They were kept, and answers are stripped: nobody could be right."""
+    file = folder / "own.jsonl"
+    file.write_text(lines(OWN | {"answers": [gold], "metric": "exact"}))
+    [question] = load_benchmark(str(file), folder)
+    assert score("a cat", question)[1] == 1 and question.gold_written == "a cat"
 
 
 def test_a_file_that_is_only_asked_needs_no_answers(folder):
@@ -177,8 +172,8 @@ def test_a_file_that_is_only_asked_needs_no_answers(folder):
     bare = {key: OWN[key] for key in ("id", "image", "question")}
     file.write_text(lines(bare, OWN | {"id": "y"}))
     first, second = load_benchmark(str(file), folder, gold=False)
-    assert (first.answers, first.metric) == ([], "")
-    assert (second.answers, second.metric) == (["Yes"], "yesno")
+    assert (first.gold, first.metric) == ([], "")
+    assert (second.gold, second.metric) == (["Yes"], "yesno")
     with pytest.raises(InputError, match="has no answers and no metric, so it cannot be scored"):
         load_benchmark(str(file), folder)
     file.write_text(lines(bare | {"metric": "yesno"}))

@@ -1,9 +1,11 @@
 """Tables say what the numbers are; sentences say what the intervals carry, and no more."""
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from support import report
+from support.benchmarks import Question
 from tokprune import METHODS
 
 SAME = (0.0, -1.0, 2.0)
@@ -33,11 +35,21 @@ def test_numbers_and_differences_are_short_and_what_is_not_known_is_a_dash():
     assert report.difference((-1e-15, -0.04, 0.04)) == "+0.0 [+0.0, +0.0]"
 
 
-def test_the_head_says_how_much_is_asked_and_shows_the_prompt(capsys):
-    known = [SimpleNamespace(image=i // 2, prompt=f"q{i}", group="count") for i in range(6)]
+def pictures(folder):
+    """Three, twice each."""
+    files = [folder / f"{i // 2}.png" for i in range(6)]
+    for file in files:
+        Image.new("L", (2, 2)).save(file)
+    return files
+
+
+def test_the_head_says_how_much_is_asked_and_shows_the_prompt(capsys, tmp_path):
+    known = [Question(str(i), picture, f"q{i}", ["Yes"], "yesno", group="count")
+             for i, picture in enumerate(pictures(tmp_path))]
     prompt = report.print_asked("mme", known[:4], known, "USER: {question}\nASSISTANT:")
     assert prompt == "USER: q0\nASSISTANT:"
-    report.print_asked("own.jsonl", known, known, "{question}")
+    own = [replace(question, group="") for question in known]
+    report.print_asked("own.jsonl", own, own, "{question}")
     printed = capsys.readouterr().out
     assert ("mme: partial, 4 of its 6 questions, 2 images, 1 of 14 subtasks; the first prompt: "
             '"USER: q0\\nASSISTANT:"') in printed

@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support.benchmarks import (COGNITION, PERCEPTION, Question, is_overlong, mme_totals, normalise,
+from support.benchmarks import (COGNITION, PERCEPTION, Question, is_overlong, mme_totals, normalize,
                                 parse_choice, parse_pope, parse_yes_no, pope_totals, score)
 
 GOLDEN = Path(__file__).parent / "golden" / "scorers.json"
 OFFICIAL = json.loads(GOLDEN.read_text())
 
 
-def about(answers, metric, **more):
-    return Question("0", Path(), "", answers, metric, **more)
+def about(gold, metric, **more):
+    return Question("0", Path(), "", gold, metric, **more)
 
 
 def wrong(cases, read):
@@ -21,9 +21,9 @@ def wrong(cases, read):
     return [(answer, read(answer), want) for answer, want in cases if read(answer) != want]
 
 
-def test_textvqa_answers_are_normalised_as_officially():
+def test_textvqa_answers_are_normalized_as_officially():
     assert len(OFFICIAL["textvqa_normalised"]) > 400
-    assert wrong(OFFICIAL["textvqa_normalised"], normalise) == []
+    assert wrong(OFFICIAL["textvqa_normalised"], normalize) == []
 
 
 @pytest.mark.parametrize("written, want", [
@@ -31,14 +31,14 @@ def test_textvqa_answers_are_normalised_as_officially():
     ("'ows'at", "'ow's'at"), ("'owsat", "'owsat"), ("somebody'd", "somebodyd"), ("shes", "shes")])
 def test_a_contraction_without_one_of_its_apostrophes_gets_it_back(written, want):
     """The official table lists these one by one, two apostrophes short is not in it."""
-    assert normalise(written) == want
+    assert normalize(written) == want
 
 
 def test_textvqa_soft_accuracy_is_the_official_one():
     mismatches = []
     for case in OFFICIAL["textvqa_soft_accuracy"]:
         got = score(case["prediction"], about(case["answers"], "vqa"))
-        if got != (normalise(case["prediction"]), case["score"]):
+        if got != (normalize(case["prediction"]), case["score"]):
             mismatches.append((case, got))
     assert mismatches == []
 
@@ -77,12 +77,12 @@ def test_exact_is_equality_but_for_case_and_final_full_stops(answer, points):
 def test_gold_is_the_best_scoring_answer_and_as_a_whole_as_it_was_written():
     """"acme" has four of ten, once an article is dropped; "x" comes first and has three."""
     answers = ["x"] * 3 + ["Acme"] * 3 + ["The acme"] + ["y"] * 3
-    assert about(answers, "vqa").gold_normalised == "acme"
+    assert about(answers, "vqa").gold_normalized == "acme"
     assert about(answers, "vqa").gold_written == "Acme"
     thousand = about(["1,000"] * 3 + ["1000"] * 2 + ["10"] * 5, "vqa")
-    assert thousand.gold_normalised == "1000" and thousand.gold_written == "10"
+    assert thousand.gold_normalized == "1000" and thousand.gold_written == "10"
     assert about(["1,000"] * 6 + ["1000"] * 4, "vqa").gold_written == "1,000"
-    assert about(["yes"], "yesno").gold_normalised == "Yes"
+    assert about(["yes"], "yesno").gold_normalized == "Yes"
     assert about(["B"], "choice").gold_written == "B"
 
 
@@ -107,8 +107,8 @@ def mme(right):
 
 def test_mme_totals_of_a_perfect_and_of_a_constant_model():
     perfect = mme(lambda q: True)
-    constant = mme(lambda q: q.answers == ["Yes"])
-    half = mme(lambda q: q.image.name.endswith(("0", "1")) or q.answers == ["Yes"])
+    constant = mme(lambda q: q.gold == ["Yes"])
+    half = mme(lambda q: q.image.name.endswith(("0", "1")) or q.gold == ["Yes"])
     assert (perfect["perception"], perfect["cognition"], perfect["sum"]) == (2000, 800, 2800)
     assert (constant["perception"], constant["cognition"], constant["sum"]) == (500, 200, 700)
     assert half["OCR"] == 75 + 50 and perfect["complete"]
@@ -119,19 +119,19 @@ def test_mme_totals_say_when_subtasks_are_missing():
     assert not mme_totals([question], np.ones(1))["complete"]
 
 
-def pope(said, files=("random", "popular", "adversarial")):
+def pope(answer, files=("random", "popular", "adversarial")):
     """Files of ten questions, of which yes is right for three, five and four."""
     questions = []
     for name in files:
         yes = {"random": 3, "popular": 5, "adversarial": 4}[name]
         questions += [Question(f"{name}/{i}", Path(), "", ["Yes" if i < yes else "No"], "pope",
                                group=name) for i in range(10)]
-    scores = np.array([score(said(q), q)[1] for q in questions])
+    scores = np.array([score(answer(q), q)[1] for q in questions])
     return pope_totals(questions, scores)
 
 
 def test_pope_totals_worked_by_hand():
-    """Yes to the first four of each: 3 of 3, 4 of 5 and 4 of 4 are hit, with 4 said each time."""
+    """Yes to the first four of each: 3 of 3, 4 of 5 and 4 of 4 are hit, of 4 each time."""
     totals = pope(lambda q: "Yes" if int(q.id[-1]) < 4 else "No")
     assert totals["precision random"] == 75 and totals["recall random"] == 100
     assert totals["precision popular"] == 100 and totals["recall popular"] == 80

@@ -32,10 +32,10 @@ def test_builtin_benchmarks_have_the_official_layout_and_size():
     for subtask in ("existence", "count", "position", "color", "OCR"):
         pairs = [question for question in mme if question.group == subtask]
         assert len({question.image for question in pairs}) == 40 and len(pairs) == 80
-        assert sum(question.answers == ["Yes"] for question in pairs) == 40
+        assert sum(question.gold == ["Yes"] for question in pairs) == 40
     assert len(text) == 235
-    assert all(3 <= len(question.gold_normalised) <= 6 for question in text)
-    assert all(len(question.answers) == 10 for question in text)
+    assert all(3 <= len(question.gold_normalized) <= 6 for question in text)
+    assert all(len(question.gold) == 10 for question in text)
 
 
 def test_builtin_benchmarks_are_byte_for_byte_what_make_writes(tmp_path, monkeypatch):
@@ -59,7 +59,7 @@ def test_no_test_image_can_be_a_training_image():
         assert len(words) >= 50
         assert {zlib.crc32(word.encode()) % 8 == 0 for word in words} == {test}
     for question in load_benchmark("textvqa", TINY):
-        assert zlib.crc32(question.gold_normalised.encode()) % 8 == 0
+        assert zlib.crc32(question.gold_normalized.encode()) % 8 == 0
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_scores_are_ranked_against_the_information_of_single_tokens(name, monkey
     found = {}
     for own in ("ab", "No"):
         monkeypatch.setattr(model, "decode", lambda stream: [own])
-        question = SimpleNamespace(image="whole", prompt=QUESTIONS[1], gold_normalised="Y",
+        question = SimpleNamespace(image="whole", prompt=QUESTIONS[1], gold_normalized="Y",
                                    gold_written="ab", points=lambda answer: answer == "ab")
         found[own] = agreement.correlations(model, question)
     assert found["No"].keys() - found["ab"].keys() == {

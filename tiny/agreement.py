@@ -37,7 +37,7 @@ def correlations(model, question) -> dict[str, list[float]]:
     exact = information(question.gold_written)                              # (len(LAYERS), N)
     attended = attention_of_answer(model, stream, own, LAYERS)
     scores = {
-        "information of the first token": information(question.gold_normalised, target="first"),
+        "information of the first token": information(question.gold_normalized, target="first"),
         "leave-one-out information": information(question.gold_written, mode="leave-one-out"),
         "attention of the own answer, as hindsight": [attended[K].sum(1) for K in LAYERS]}
     reached = stream

@@ -1,0 +1,122 @@
+"""A user's own picture is read as a viewer shows it, a benchmark's as its scripts read it."""
+import unicodedata
+import warnings
+
+import numpy as np
+import pytest
+from official import lines, official_files
+from PIL import Image
+
+from support.benchmarks import load_benchmark, read_headers, remarks
+from support.files import Published, read_header, read_image
+from tokprune import InputError
+
+UPRIGHT = (np.arange(6).reshape(2, 3) * 40).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+
+
+def pixels(image):
+    return np.asarray(read_image(image))
+
+
+# what is stored so that a viewer who follows the EXIF tag shows UPRIGHT
+STORED = {1: UPRIGHT, 2: UPRIGHT[:, ::-1], 3: UPRIGHT[::-1, ::-1], 4: UPRIGHT[::-1],
+          5: UPRIGHT.T, 6: np.rot90(UPRIGHT), 7: UPRIGHT.T[::-1, ::-1], 8: np.rot90(UPRIGHT, -1)}
+
+
+@pytest.mark.parametrize("format", ["png", "jpg"])
+@pytest.mark.parametrize("tag, stored", STORED.items())
+def test_a_picture_of_ones_own_is_turned_as_exif_says(tag, stored, format, tmp_path):
+    """Phone photos lay on their side, and the model read them so."""
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    file = tmp_path / f"a.{format}"
+    Image.fromarray(np.ascontiguousarray(stored)).save(file, exif=exif, quality=100)
+    assert np.allclose(pixels(file), UPRIGHT, atol=3)
+    assert np.allclose(pixels(Published(file)), stored, atol=3)
+    assert read_header(file).turned == (tag > 1)
+
+
+def test_broken_exif_turns_nothing(tmp_path):
+    Image.fromarray(UPRIGHT).save(tmp_path / "a.png", exif=b"Exif\0\0what is this")
+    assert (pixels(tmp_path / "a.png") == UPRIGHT).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+def test_16_bit_grey_is_scaled(name, tmp_path):
+    """It was cut off at 255: white all over."""
+    grey = np.array([[0, 257, 32896, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / name)
+    assert pixels(tmp_path / name).tolist() == [[0, 1, 128, 255]]
+
+
+def transparent(mode: str) -> Image.Image:
+    """Black, but transparent at the left."""
+    image = Image.fromarray(np.array([[[0, 0, 0, 0], [0, 0, 0, 255]]], np.uint8))
+    if mode == "P":
+        image = Image.frombytes("P", (2, 1), bytes([1, 0]))
+        image.putpalette([0] * 768)
+        image.info["transparency"] = bytes([255, 0, 128])
+        return image
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_lies_on_white(mode, tmp_path):
+    """LLaVA saw the hidden color."""
+    file = tmp_path / "a.png"
+    transparent(mode).save(file)
+    assert pixels(file).tolist() == [[[255] * 3, [0] * 3]]
+    assert read_image(Published(file)).mode == mode and read_header(file).transparent
+
+
+def test_pillows_warnings_are_not_shown(tmp_path):
+    file = tmp_path / "a.png"
+    transparent("P").save(file)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.filterwarnings("ignore", module="PIL")         # pytest takes the project's off
+        read_image(Published(file)).convert("RGB")
+        read_image(file)
+    assert shown == []
+
+
+def test_an_image_that_would_take_too_much_memory_is_refused_by_name(tmp_path):
+    """Padded to a square, a line of 60000 pixels takes 10 GiB."""
+    file = tmp_path / "long.png"
+    Image.new("L", (60000, 1)).save(file)
+    for read in (read_image, read_header):
+        with pytest.raises(InputError, match="long.png: is 60000x1; padded to a square it"):
+            read(file)
+
+
+def test_a_benchmark_says_how_many_of_its_images_a_viewer_shows_otherwise(tmp_path):
+    data = official_files(tmp_path / "data")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 20)).save(data / "MME/OCR/0001.jpg", exif=exif)
+    transparent("RGBA").save(data / "MME/artwork/images/10002.jpg", "PNG")
+    questions = load_benchmark("mme", data)
+    assert remarks(questions) == ["2 of 14 subtasks",
+                                  "images turned by EXIF and read as stored: 1",
+                                  "images with transparent parts: 1"]
+    assert remarks(load_benchmark("textvqa", data)) == []
+
+
+def test_an_unreadable_image_is_named_with_its_question(tmp_path):
+    data = official_files(tmp_path / "data")
+    (data / "MME/OCR/0001.jpg").write_text("no image")
+    with pytest.raises(InputError, match="0001.txt: question OCR/0001/0: .*0001.jpg: cannot"):
+        read_headers(load_benchmark("mme", data))
+
+
+@pytest.mark.parametrize("stored, asked", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_file_is_found_whose_name_is_stored_in_the_other_unicode_form(stored, asked, tmp_path):
+    name = "Stra\u00dfe \u00e4/\u00e9.png"
+    file = tmp_path / unicodedata.normalize(stored, name)
+    file.parent.mkdir()
+    Image.new("RGB", (2, 3)).save(file)
+    bench = tmp_path / unicodedata.normalize(stored, "f\u00fcr.jsonl")
+    bench.write_text(lines({"id": 1, "image": unicodedata.normalize(asked, name), "question": "?",
+                            "answers": ["a"], "metric": "exact"}))
+    [question] = load_benchmark(unicodedata.normalize(asked, str(bench)), tmp_path)
+    assert read_image(question.image).size == (2, 3) and question.image == file
+    assert read_image(tmp_path / unicodedata.normalize(asked, name)).size == (2, 3)

@@ -1,0 +1,171 @@
+"""VLMEvalKit's TSVs are read by their columns; images are read when they are needed."""
+import base64
+import csv
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from support.benchmarks import LETTER, SHORT, load_benchmark, official_totals, remarks, score
+from support.files import read_image
+from tokprune import InputError
+
+
+def image(color: str, side: int = 40) -> str:
+    """Base64, as in a TSV, of far more than csv's usual 131,072 characters if the side is 400."""
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    picture.putpixel((0, 0), {"red": (255, 0, 0), "blue": (0, 0, 255)}[color])
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+RED = image("red", 400)
+BLUE = image("blue")
+TEN = str(["nous les gosses", "dakota"] + ["dakota digital"] * 8)
+
+
+def load(tmp_path, name: str, *rows: dict, **options):
+    file = tmp_path / f"{name}.tsv"
+    with file.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, dict.fromkeys(key for row in rows for key in row),
+                                delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return load_benchmark(str(file), tmp_path, **options)
+
+
+def color_of(question) -> tuple:
+    return read_image(question.image).convert("RGB").getpixel((0, 0))
+
+
+def totals(questions, *answers):
+    return official_totals(questions, np.array([score(answer, question)[1] for answer, question
+                                                in zip(answers, questions)]))
+
+
+def test_mmes_pairs_share_an_image_and_get_the_official_totals(tmp_path):
+    """The second row of a pair refers to the first one's image."""
+    end = " Please answer yes or no."
+    rows = [{"index": 0, "image": RED, "image_path": "OCR/1.jpg", "question": "Is it?" + end,
+             "answer": "Yes", "category": "OCR"},
+            {"index": 1, "image": "0", "image_path": "OCR/1.jpg", "question": "Is it not?  "
+             "Please answer yes or no.", "answer": "No", "category": "OCR"},
+            {"index": 2, "image": BLUE, "image_path": "posters/1.jpg", "question": "A?" + end,
+             "answer": "Yes", "category": "posters"},
+            {"index": 3, "image": BLUE, "image_path": "posters/1.jpg", "question": "B?" + end,
+             "answer": "No", "category": "posters"}]
+    questions = load(tmp_path, "MME", *rows)
+    assert [q.prompt for q in questions] == [text + SHORT for text in ("Is it?", "Is it not?", "A?",
+                                                                       "B?")]
+    assert [color_of(q) for q in questions] == [(255, 0, 0)] * 2 + [(0, 0, 255)] * 2
+    assert questions[0].image == questions[1].image and questions[2].image == questions[3].image
+    found = totals(questions, "Yes", "No", "Yes", "Yes")
+    assert (found["OCR"], found["posters"], found["perception"]) == (200, 50, 250)
+    assert not found["complete"]
+    assert remarks(questions) == ["2 of 14 subtasks",
+                                  "asked in LLaVA's words and not VLMEvalKit's, metric yesno"]
+
+
+def test_one_image_under_two_names_is_two_pairs(tmp_path):
+    rows = [{"index": i, "image": RED, "image_path": f"{i // 2}.jpg", "question": "?",
+             "answer": "Yes", "category": "OCR"} for i in range(4)]
+    assert totals(load(tmp_path, "MME", *rows), "Yes", "Yes", "No", "Yes")["OCR"] == 75 + 50
+
+
+def test_a_question_of_several_of_popes_categories_counts_in_each(tmp_path):
+    rows = [{"index": i, "image": RED, "question": f"Is there a {i} in the image?",
+             "answer": answer, "category": category} for i, (answer, category) in enumerate([
+                 ("Yes", "adversarial,popular,random"), ("No", "random"), ("No", "popular"),
+                 ("No", "adversarial")])]
+    questions = load(tmp_path, "POPE", *rows)
+    assert {q.metric for q in questions} == {"pope"} and questions[1].gold == ["No"]
+    found = totals(questions, "Yes", "Yes", "No", "perhaps")
+    assert found["F1 random"] == pytest.approx(200 / 3) and found["F1 popular"] == 100
+    assert found["accuracy adversarial"] == 50 and found["complete"]
+    assert found["F1"] == pytest.approx((200 / 3 + 100 + 200 / 3) / 3)
+
+
+@pytest.mark.parametrize("path", ["7.jpg", "/elsewhere/images/TextVQA_VAL/7.jpg"])
+def test_ten_answers_are_textvqas_and_images_may_lie_beside(path, tmp_path):
+    row = {"index": 34602, "question": "WHAT is it?", "answer": TEN}
+    folder = tmp_path / "images" / "TextVQA_VAL"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (4, 4), "red").save(folder / "7.jpg")
+    [beside] = load(tmp_path, "TextVQA_VAL_local", row | {"image_path": path})
+    [within] = load(tmp_path, "TextVQA_VAL", row | {"image": RED})
+    assert beside.image.file == folder / "7.jpg" and color_of(within) == (255, 0, 0)
+    for question in (beside, within):
+        assert question.prompt == "What is it?" + SHORT and question.metric == "vqa"
+        assert len(question.gold) == 10 and question.id == "34602"
+        assert question.gold_normalized == "dakota digital"
+        assert score("Dakota", question)[1] == 0.3
+
+
+def test_options_make_a_choice_asked_as_scienceqa(tmp_path):
+    """An option called None is one, an empty one is none; a hint may have tabs and lines."""
+    row = {"index": 5, "image": RED, "question": "Which?", "hint": "a\tb\n\"c\"", "A": "None",
+           "B": "nan", "C": "", "D": "", "answer": "B", "category": "x", "split": "test"}
+    first, second = load(tmp_path, "ScienceQA_TEST", row, row | {"index": 6, "hint": "",
+                                                                 "image": "5", "C": "no"})
+    assert first.prompt == 'Context: a\tb\n"c"\nWhich?\nA. None\nB. nan' + LETTER
+    assert second.prompt == "Which?\nA. None\nB. nan\nC. no" + LETTER
+    assert (first.metric, first.gold, first.group) == ("choice", ["B"], "")
+    assert first.image == second.image and official_totals([first], np.ones(1)) == {}
+
+
+def test_mmbench_is_right_where_every_rotation_is(tmp_path):
+    row = {"index": 241, "image": RED, "question": "?", "A": "x", "B": "y", "answer": "A"}
+    other = {"index": 1000241, "image": "241", "answer": "B", "A": "y", "B": "x"}
+    questions = load(tmp_path, "MMBench_DEV_EN", row, row | {"index": 242}, row | other)
+    assert totals(questions, "A", "A", "B")["circular"] == 100
+    assert totals(questions, "A", "A", "A")["circular"] == 50
+
+
+def test_the_rest_is_scored_as_exact_yes_or_no_included(tmp_path):
+    rows = [{"index": i, "image": BLUE, "question": "Is it?", "answer": answer}
+            for i, answer in enumerate(["yes", "left ", "[3, 'three']", "[x"])]
+    questions = load(tmp_path, "GQA_TestDev_Balanced", *rows)
+    assert {q.metric for q in questions} == {"exact"} and questions[0].prompt == "Is it?" + SHORT
+    assert [q.gold for q in questions] == [["yes"], ["left"], ["3", "three"], ["[x"]]
+
+
+def test_a_row_without_an_image_is_no_question_and_unscored_ones_need_no_answer(tmp_path):
+    rows = [{"index": 0, "image": "", "question": "?", "answer": ""},
+            {"index": 1, "image": str([RED]), "question": "?", "answer": ""}]
+    [question] = load(tmp_path, "a", *rows, gold=False)
+    assert (question.id, question.gold, question.metric) == ("1", [], "")
+    assert color_of(question) == (255, 0, 0)
+    with pytest.raises(InputError, match="a.tsv: row 1 has no answer, so it cannot be scored"):
+        load(tmp_path, "a", *rows)
+
+
+ROW = {"index": 0, "image": BLUE, "question": "?", "A": "x", "B": "y", "answer": "A"}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"image": "7"}, "row 1: image is '7', which is no base64 and no row with an image"),
+    ({"image": str([RED, BLUE])}, "row 1 has 2 images; want one"),
+    ({"image": "A" * 80}, "cannot be read as an image"),
+    ({"answer": "x"}, "question 1: the answer is 'x'"), ({"index": 0}, "question 0 is there twice"),
+    ({"B": "", "F": "z"}, "row 1 has options A, F; want at most A, B")])
+def test_rows_that_are_not_right_are_named(change, message, tmp_path):
+    with pytest.raises(InputError, match=re.escape(message)):
+        for question in load(tmp_path, "a", ROW, ROW | {"index": 1} | change):
+            read_image(question.image)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"id\tquestion\n1\t?\n", "has columns id, question; want index, question, and image"),
+    (b"index\timage\tquestion\n1\t2\n", "a.tsv: the row at byte 21 has 2 cells; want 3"),
+    (b"index\timage\tquestion\n1\t2\t\xff\n", "a.tsv: the row at byte 21 cannot be read"),
+    (b"", "no questions in it"), (None, "a.tsv: not found")])
+def test_files_that_are_no_tsv_of_vlmevalkit_are_named(content, message, tmp_path):
+    file = tmp_path / "a.tsv"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_benchmark(str(file), tmp_path)
