@@ -7,6 +7,7 @@ script, link or font. Lengths are pixels; letters can be read at half the size.
 import base64
 import html
 import io
+import itertools
 import math
 import re
 import unicodedata
@@ -25,6 +26,7 @@ GREY = "#6e6e6e"
 PALE = "#e4e4e4"
 TITLE = 25                              # sizes of letters
 TEXT = 21
+BAND = 0.3                              # opacity
 
 
 class Sheet:
@@ -48,9 +50,6 @@ class Sheet:
         """Draw a line. pattern: lengths drawn and left out in turn; solid if empty."""
         self.add("polyline", points=joined(points), fill="none", stroke=ink, stroke_width=width,
                  stroke_linejoin="round", stroke_dasharray=" ".join(map(str, pattern)) or None)
-
-    def area(self, points: list, ink: str, opacity: float | None = None):
-        self.add("polygon", points=joined(points), fill=ink, fill_opacity=opacity)
 
     def embed(self, name: str, image: Image.Image, width: float, height: float):
         """Store an image once, for elements `use` to show it at any place."""
@@ -100,7 +99,7 @@ def width_of(text: str, size: int) -> list[float]:
     for letter in text:
         wide = unicodedata.east_asian_width(letter) in "WF"
         narrow = letter in " .,:;!|'()[]fijlrtI"
-        widths.append(widths[-1] + size * (1.0 if wide else 0.36 if narrow else 0.64))
+        widths.append(widths[-1] + size * (1.0 if wide else 0.36 if narrow else 0.6))
     return widths
 
 
@@ -112,6 +111,12 @@ def shortened(text: str, room: float, size: int) -> str:
         return text
     fits = bisect(widths, room - width_of(" ...", size)[-1]) - 1
     return text[:max(0, fits)].rstrip() + " ..."
+
+
+def corners(across: int, width: float, height: float):
+    """Yield where panels lie, row by row."""
+    for i in itertools.count():
+        yield i % across * width, i // across * height
 
 
 # ---- axes ----------------------------------------------------------------------------------------
@@ -138,7 +143,7 @@ class Axes:
         return [(self.x(layer), self.y(value)) for layer, value in zip(layers, values)]
 
     def grid(self, name: str, layers_name: str = ""):
-        """Draw lines at round values, the one at 0 strongest; the layers; the names of both axes."""
+        """Draw lines at round values, the one at 0 strongest; the layers; both names."""
         step = round_step((self.high - self.low) / 6)
         digits = max(0, -math.floor(math.log10(step)))
         for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1):
@@ -156,15 +161,16 @@ class Axes:
 
     def band(self, layers: list[int], low, high, ink: str):
         if (high > low).any():                          # one image has no interval
-            self.sheet.area(self.points(layers, high) + self.points(layers, low)[::-1], ink, 0.3)
+            points = self.points(layers, high) + self.points(layers, low)[::-1]
+            self.sheet.add("polygon", points=joined(points), fill=ink, fill_opacity=BAND)
 
     def horizon(self, layer: int, low: float | None, high: float | None):
         """Draw a dashed line, and its interval as a band, as far as the layers go."""
         if low is not None:
             left = self.x(max(low - 0.2, self.first))
             right = self.x(min(high + 0.2, self.last))
-            corners = [(left, self.y0), (right, self.y0), (right, self.y1), (left, self.y1)]
-            self.sheet.area(corners, "#eef1f6")
+            self.sheet.add("rect", x=left, y=self.y0, width=right - left,
+                           height=self.y1 - self.y0, fill="#eef1f6")
         if layer < self.last:
             x = self.x(layer)
             self.sheet.line([(x, self.y0 - 6), (x, self.y1)], INK, 1.6, (9, 6))
@@ -173,10 +179,7 @@ class Axes:
 def round_step(step: float) -> float:
     """Return the next of 1, 2, 5, 10, 20, ... and of their tenths."""
     power = 10.0 ** math.floor(math.log10(step))
-    for factor in (1, 2, 5):
-        if factor * power >= step:
-            return factor * power
-    return 10 * power
+    return min(factor * power for factor in (1, 2, 5, 10) if factor * power >= step)
 
 
 # disc, square, diamond, triangles
@@ -210,8 +213,7 @@ class Style:
 
     def legend(self, sheet: Sheet, x: float, y: float, name: str):
         if self.banded:
-            corners = [(x, y - 10), (x + 46, y - 10), (x + 46, y + 10), (x, y + 10)]
-            sheet.area(corners, self.ink, 0.3)
+            sheet.add("rect", x=x, y=y - 10, width=46, height=20, fill=self.ink, fill_opacity=BAND)
         self.line(sheet, [(x, y), (x + 46, y)])
         if self.marker:
             self.markers(sheet, [(x + 23, y)])
@@ -256,20 +258,18 @@ def plot(report: dict, path: Path):
     names = [name for name in (*REFERENCES, *METHODS) if name in methods]
     across = min(2, len(report))
     bottom = math.ceil(len(report) / across) * HEIGHT
-    entries = 3 * across - across // 2                  # of the legend, in a line
+    entries = 5 if across == 2 else 3                   # of the legend, in a line
     sheet = Sheet(across * WIDTH, bottom + 32 * math.ceil(len(names) / entries) + 12)
-    for i, (benchmark, rows) in enumerate(report.items()):
-        left = i % across * WIDTH
-        top = i // across * HEIGHT
+    for (benchmark, rows), (left, top) in zip(report.items(), corners(across, WIDTH, HEIGHT)):
         box = (left + MARGIN, top + MARGIN, left + WIDTH - 20, top + MARGIN + 400)
         axes = Axes(sheet, box, layers, -3, 103)
         axes.grid("score, %", "layer at whose input tokens are pruned")
         sheet.text(left + WIDTH / 2, top + 24, benchmark, TITLE, room=WIDTH)
         draw_curves(axes, rows, names)
-    for i, name in enumerate(names):
+    column = (across * WIDTH - 40) / entries
+    for name, (x, y) in zip(names, corners(entries, column, 32)):
         label = f"{name}, 95 % band" if style_of(name).banded else name
-        column = (across * WIDTH - 40) / entries
-        style_of(name).legend(sheet, 30 + i % entries * column, bottom + 32 * (i // entries), label)
+        style_of(name).legend(sheet, 30 + x, bottom + y, label)
     sheet.save(path)
 
 
@@ -328,17 +328,16 @@ def plot_information(report: dict, examples: dict, path: Path):
     """
     across = min(2, len(report))
     sheet = Sheet(across * WIDTH, math.ceil(len(report) / across) * WITH_MAPS)
-    for i, (benchmark, measured) in enumerate(report.items()):
-        left = i % across * WIDTH
-        top = i // across * WITH_MAPS
+    places = corners(across, WIDTH, WITH_MAPS)
+    for i, ((benchmark, measured), (left, top)) in enumerate(zip(report.items(), places)):
         rows = measured["information"]
         canvas, *example = examples[benchmark]
-        image = f"image-{i}"
-        sheet.embed(image, canvas.convert("L"), TILE, TILE)
+        sheet.embed(f"image-{i}", canvas.convert("L"), TILE, TILE)
         sheet.text(left + WIDTH / 2, top + 24, benchmark, TITLE, room=WIDTH)
         draw_information(sheet, left, top + 80, rows, measured["horizon"])
         draw_scores(sheet, left, top + 440, measured["horizon"])
-        draw_maps(sheet, left + 22, top + 706, [row["layer"] for row in rows], image, *example)
+        draw_maps(sheet, left + 22, top + 706, [row["layer"] for row in rows],
+                  f"#image-{i}", *example)
     sheet.save(path)
 
 
@@ -395,7 +394,7 @@ def draw_maps(sheet: Sheet, x: float, y: float, layers: list[int], image: str, m
     for i, place in enumerate(places):
         across = x + i * (TILE + 16)
         sheet.text(across + TILE / 2, y + 36, f"layer {layers[place]}")
-        sheet.add("use", href=f"#{image}", x=across, y=y + 52)
+        sheet.add("use", href=image, x=across, y=y + 52)
         draw_signed(sheet, (across, y + 52, TILE, TILE), maps[place] / largest)
     y += TILE + 74
     draw_signed(sheet, (x + 158, y, 400, 16), np.linspace(-1, 1, 41)[None])
@@ -445,9 +444,10 @@ def overlay(canvas: Image.Image, panels: list[tuple], grid: tuple[int, int], pat
     sheet = Sheet(width, 60 + down * (height + CAPTION + GAP))
     sheet.embed("image", canvas.convert("RGB"), SIDE, height)
     sheet.text(GAP, 32, question.split("\n")[0], TITLE, "start", room=width - 2 * GAP)
-    for i, (name, answer, kept) in enumerate(panels):
-        x = GAP + i % across * (SIDE + GAP)
-        y = 60 + i // across * (height + CAPTION + GAP)
+    places = corners(across, SIDE + GAP, height + CAPTION + GAP)
+    for i, ((name, answer, kept), (x, y)) in enumerate(zip(panels, places)):
+        x += GAP
+        y += 60
         is_pruned = len(kept) < math.prod(grid)
         sheet.add("use", href="#image", x=x, y=y, opacity=0.25 if is_pruned else None)
         sheet.add("rect", x=x, y=y, width=SIDE, height=height, fill="none", stroke="#a8a8a8")
@@ -461,8 +461,8 @@ def overlay(canvas: Image.Image, panels: list[tuple], grid: tuple[int, int], pat
 
 
 def draw_kept(sheet: Sheet, box: tuple, grid: tuple, kept: list[int], name: str, color: str):
-    """Show the tokens unfaded, and a line around them: strong where the neighbor is dropped, on a
-    white one, so that it is seen on any image."""
+    """Show the tokens unfaded, and a line around them, strong where the neighbor is dropped. A white
+    one outside of it sets it off from any image."""
     left, top, width, height = box
     rows, cols = grid
     w = width / cols
@@ -479,13 +479,13 @@ def draw_kept(sheet: Sheet, box: tuple, grid: tuple, kept: list[int], name: str,
             else:
                 around += side
     place = f"translate({left} {top})"
+    strong = min(3.0, max(1.4, w / 9))
+    line = {"transform": place, "fill": "none", "stroke_linecap": "square"}
+    sheet.add("path", d=around, stroke="white", stroke_width=strong + 3, **line)
     sheet.add("clipPath", element("path", d=inside), id=name)
     sheet.add("use", href="#image", transform=place, clip_path=f"url(#{name})")
-    strong = min(3.0, max(1.4, w / 9))
-    for sides, ink, thick in ((around, "white", strong + 3), (between, color, strong / 3),
-                              (around, color, strong)):
-        sheet.add("path", d=sides, transform=place, fill="none", stroke=ink, stroke_width=thick,
-                  stroke_linecap="square")
+    sheet.add("path", d=between, stroke=color, stroke_width=strong / 3, **line)
+    sheet.add("path", d=around, stroke=color, stroke_width=strong, **line)
 
 
 def draw_answer(sheet: Sheet, x: float, y: float, answer: str, right: bool | None):

@@ -21,7 +21,7 @@ def test_kept_tokens_are_shown_unfaded_and_outlined_the_rest_is_faded(tmp_path):
     [clip] = read(tmp_path / "a.svg", "clipPath")
     assert kept.get("clip-path") == f"url(#{clip.get('id')})"
     assert clip[0].get("d") == "M59.00 59.00h59.00v59.00h-59.00zM118.00 59.00h59.00v59.00h-59.00z"
-    _, white, between, around = read(tmp_path / "a.svg", "path")        # the first is the clip's
+    white, _, between, around = read(tmp_path / "a.svg", "path")        # the second is the clip's
     assert [one.get("stroke") for one in (white, between, around)] == ["white", DART, DART]
     assert white.get("d") == around.get("d") and around.get("d").count("M") == 6
     assert between.get("d") == "M118.00 59.00v59.00" * 2
