@@ -167,8 +167,8 @@ class Axes:
     def horizon(self, layer: int, low: float | None, high: float | None):
         """Draw a dashed line, and its interval as a band, as far as the layers go."""
         if low is not None:
-            left = self.x(max(low - 0.2, self.first))
-            right = self.x(min(high + 0.2, self.last))
+            left = self.x(np.clip(low - 0.2, self.first, self.last))
+            right = self.x(np.clip(high + 0.2, self.first, self.last))
             self.sheet.add("rect", x=left, y=self.y0, width=right - left,
                            height=self.y1 - self.y0, fill="#eef1f6")
         if layer < self.last:

@@ -126,9 +126,10 @@ def test_windows_that_help_are_red_that_mislead_blue_and_little_can_be_seen(tmp_
 
 
 def test_no_information_and_no_horizon_can_be_drawn(tmp_path):
-    report = information([0.0] * 3, layer=3, scores=[0.0] * 3, unpruned=0.0)
+    report = information([0.0] * 3, layer=3, low=3.0, high=3.0, scores=[0.0] * 3, unpruned=0.0)
     plot_information(report, example(), tmp_path / "a.svg")
     assert "no horizon" in [one.text for one in read(tmp_path / "a.svg", "text")]
+    assert [one.get("width") for one in read(tmp_path / "a.svg", "rect")][1:] == ["0", "0"]
 
 
 @pytest.mark.parametrize("text", ["<b> & \"c\" 'd'", "\x00\x1b\ud800\ufffe]]>", "有什么？" * 99])
