@@ -119,6 +119,8 @@ def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 
     of the next. info: by the name of a method that needs it, what was measured of the N visual
     tokens beforehand: for each prompt (N,) or (N, t). positions: see `keep`. Raises InputError.
     """
+    if isinstance(method, list) and isinstance(seed, list):
+        assert len(method) == len(seed), f"{len(method)} methods and {len(seed)} seeds"
     B = len(stream.x)
     for given in (method, seed):
         if isinstance(given, list):

@@ -296,29 +296,26 @@ READERS = 4                             # threads that read images ahead of the 
 
 
 def read_ahead(model, batches: list[list]):
-    """Yield each batch of questions and a function that returns its images, preprocessed."""
-    def prepare(batch):
-        return [model.preprocess(read_image(question.image)) for question in batch]
+    """Yield each batch of questions and the futures of their images, preprocessed."""
+    def prepare(question):
+        return model.preprocess(read_image(question.image))
     pool = ThreadPoolExecutor(READERS)
     waiting = deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(prepare, batch)))
+            waiting.append((batch, [pool.submit(prepare, question) for question in batch]))
             if len(waiting) > READERS:
-                ready, future = waiting.popleft()
-                yield ready, future.result
-        for ready, future in waiting:
-            yield ready, future.result
+                yield waiting.popleft()
+        yield from waiting
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def attempt(work, batch: list, images) -> list[tuple]:
-    """Return (question, record) of a batch. Where memory runs out, each half is tried on its own;
-    a single question is then left out, which is printed."""
+def attempt(work, batch: list, images: list) -> list[tuple]:
+    """Return (question, record) of a batch; images: futures. Where memory runs out, each half is
+    tried on its own; a single question is then left out, which is printed."""
     try:
-        images = images() if callable(images) else images
-        return list(zip(batch, work(batch, images)))
+        return list(zip(batch, work(batch, [image.result() for image in images])))
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise

@@ -64,8 +64,8 @@ def test_all_methods_and_layers_are_those_that_fit():
 def test_schedules_are_compared_by_what_they_keep():
     """To keep one (=1) is not to remove all (:1.0); random in place of the first may be asked."""
     for second in ("dart@2:1.0", "random@2=1"):
-        cells = {cell.key: cell for cell in cells_of("--schedule", "dart@2=1", "--schedule", second)}
-        compared = cells[f"{second} seed 0"].compared_with
+        cells = cells_of("--schedule", "dart@2=1", "--schedule", second)
+        compared = {cell.key: cell.compared_with for cell in cells}[f"{second} seed 0"]
         assert evaluation.format_schedule(compared) == "dart@2=1"
 
 
@@ -94,7 +94,8 @@ def test_the_one_loop_answers_as_each_schedule_does_on_its_own(positions):
         "grid@6=40 none@17 seed 0", "random@6=40 none@17 seed 0", "random@6=40 none@17 seed 1"]
     question = load_benchmark("textvqa", TINY)[0]
     start = model.begin(read_image(question.image), question.prompt)
-    answers = evaluation.answer_cells(model, start, cells, {}, question.seed, positions=positions)
+    [answers] = evaluation.answer_cells(model, start, cells, {}, [question.seed],
+                                        positions=positions)
     for cell in cells:
         pruned = prefill(model, start, cell.schedule, cell.seed + question.seed,
                          positions=positions)
@@ -125,7 +126,7 @@ def test_a_sweep_gives_each_cell_what_it_gets_alone(run, tmp_path):
     plot = tmp_path / "plot.svg"
     printed, sweep = run(evaluation.main, "--layer", "3,20", *argv, "--plot", plot,
                          out=tmp_path / "sweep")
-    _, alone = run(evaluation.main, "--layer", 20, *argv, out=tmp_path / "20")
+    _, alone = run(evaluation.main, "--layer", 20, *argv, "--batch", 1, out=tmp_path / "20")
     swept = by_schedule(sweep, "textvqa")
     for schedule, row in by_schedule(alone, "textvqa").items():
         assert swept[schedule]["score"] == row["score"]
@@ -172,7 +173,7 @@ def test_a_new_method_without_gold_measures_the_models_own_answer(run, tmp_path,
         question = known[record["id"]]
         start = model.begin(read_image(question.image), question.prompt)
         own = record["answers"]["unpruned"]
-        info = {20: {"mine": information_of_tokens(model, start, own, [20])[20]}}
+        info = {20: {"mine": [information_of_tokens(model, start, own, [20])[20]]}}
         want = decode(model, prefill(model, start, [(20, "mine", 0.9)], question.seed, info))[0]
         assert record["answers"]["mine@20:0.9 seed 0"] == want
 

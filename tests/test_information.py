@@ -191,19 +191,22 @@ def test_hindsight_is_the_attention_of_the_rows_that_write_the_answer(model, sta
 def test_methods_are_given_what_they_are_said_to_need(model, start):
     asked = []
 
-    def answer_for(method):
+    def answers_for(method):
         asked.append(method)
-        return {"windows": "Y", "tokens": "ab"}[method.measure]
+        return [{"windows": "Y", "tokens": "ab"}[method.measure]] * 2
+    other = model.begin(IMAGE, QUESTIONS[0])
     layers_of = {"info": {1, 2}, "info-turns": {1}, "divprune": {0}}
-    info = information.measure_beforehand(model, start, layers_of, answer_for, 300)
+    info = information.measure_beforehand(model, [start, other], layers_of, answers_for, 300)
     assert {layer: set(of_layer) for layer, of_layer in info.items()} == {
         1: {"info", "info-turns"}, 2: {"info"}}
     assert asked == [METHODS["info"], METHODS["info-turns"]]
     maps = token_information(model, start, "Y", [1, 2], 2, max_batch_tokens=300)
     for windows, layer in zip(maps, (1, 2)):
-        assert info[layer]["info"].equal(information.per_token(windows, start.grid, 2))
+        assert info[layer]["info"][0].equal(information.per_token(windows, start.grid, 2))
     each = token_information(model, start, "ab", [1], 1, target="each", max_batch_tokens=300)
-    assert info[1]["info-turns"].equal(each[0].flatten(0, 1))
+    assert info[1]["info-turns"][0].equal(each[0].flatten(0, 1))
+    each = token_information(model, other, "ab", [1], 1, target="each", max_batch_tokens=300)
+    assert info[1]["info-turns"][1].equal(each[0].flatten(0, 1))
 
 
 def test_the_models_own_answer_is_measured_if_it_gives_one():
@@ -213,7 +216,8 @@ def test_the_models_own_answer_is_measured_if_it_gives_one():
     measured = information.answer_to_measure
     assert measured(question, "gold", "first", "no") == "1000"
     assert measured(question, "gold", "answer", "no") == "1,000"
-    assert measured(question, "own", "first", "no") == measured(unknown, "own", "first", "no") == "no"
+    assert measured(question, "own", "first", "no") == "no"
+    assert measured(unknown, "own", "first", "no") == "no"
     assert measured(question, "own", "first", "") == "1000"
     with pytest.raises(InputError, match="question 8: the model's own answer is empty"):
         measured(unknown, "own", "first", "")
@@ -240,7 +244,7 @@ def test_divergence_horizon_stays_under_a_share_of_layer_0(curve, want):
 def test_answers_and_divergence_without_image_equal_a_plain_loop(model, start):
     nothing = torch.zeros(0, dtype=torch.long)
     decoding = Decoding(4, 1.5)
-    answers = information.answers_without_image(model, start, decoding)
+    [answers] = information.answers_without_image(model, start, decoding)
     nats = information.divergence_without_image(model, start, "ab")
     ids = model.answer_ids("ab")
     prompt = information.with_answer(model, start, ids[:-1])

@@ -155,7 +155,8 @@ def test_of_a_few_images_no_interval_is_read(capsys):
                                 later]):                # a table, and a sweep
         report.print_scores("mine", rows, images=1)
         *_, said, _ = capsys.readouterr().out.splitlines()
-        assert said == "mine: 1 image: no intervals (a bootstrap wants 10 at least), and no verdict."
+        assert said == ("mine: 1 image: no intervals (a bootstrap wants 10 at least), and no "
+                        "verdict.")
     report.print_scores("mine", [none, dart], images=9)
     assert "mine: 9 images: no intervals" in capsys.readouterr().out
 

@@ -45,12 +45,12 @@ def undisturbed(run, tmp_path_factory):
 def asked(monkeypatch):
     """The ids of the questions that are answered from here on."""
     seen = []
-    original = evaluation.answer_question
+    original = evaluation.answer_questions
 
-    def answer_question(model, question, *rest):
-        seen.append(question.id)
-        return original(model, question, *rest)
-    monkeypatch.setattr(evaluation, "answer_question", answer_question)
+    def answer_questions(model, questions, *rest):
+        seen.extend(question.id for question in questions)
+        return original(model, questions, *rest)
+    monkeypatch.setattr(evaluation, "answer_questions", answer_questions)
     return seen
 
 
@@ -209,50 +209,47 @@ def test_a_full_disk_ends_with_one_line_and_what_was_answered_stays(tmp_path, un
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     file = tmp_path / "answers.jsonl"
     assert f"{file}: cannot be written ({os.strerror(errno.EFBIG)})" in str(e.value)
-    kept = list(read_records(tmp_path, "mme"))
-    assert 1 <= len(kept) <= 3
-    assert kept == [json.loads(line)["id"] for line in whole[:len(kept)]]
+    kept = read_records(tmp_path, "mme").values()
+    assert 1 <= len(kept) <= 3 and {json.dumps(record) for record in kept} < set(whole)
 
 
-def test_a_question_that_runs_out_of_memory_is_named_and_asked_again(
+def test_questions_that_run_out_of_memory_are_named_and_asked_again(
         run, tmp_path, monkeypatch, undisturbed, asked, capsys):
-    """It was scored 0, in a table that looked whole. The others are answered and kept; one fails
-    while it is answered, one while its image is read."""
+    """They were scored 0, in a table that looked whole. Those of the same batch are answered and
+    kept. One fails while it is answered, two while their image is read."""
     whole = [line for line in lines_in(undisturbed[2] / "answers.jsonl") if '"mme"' in line]
-    ids = [json.loads(line)["id"] for line in whole]
+    first, kept, *last_two = (json.loads(line)["id"] for line in whole)
+    image = {question.id: question.image for question in load_benchmark("mme", ROOT / "tiny")}
     read_image = support_run.read_image
-    answer_cells = evaluation.answer_cells
-    reads = []
+    answer_questions = evaluation.answer_questions
 
     def no_memory_to_read(file):
-        reads.append(file)
-        if len(reads) == len(ids):
+        if file == image[last_two[0]]:
             raise MemoryError
         return read_image(file)
 
-    def no_memory_to_answer(*args):
-        if len(asked) == 1:
+    def no_memory_to_answer(model, questions, *rest):
+        if first in [question.id for question in questions]:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return answer_cells(*args)
-    monkeypatch.setattr(support_run, "READERS", 1)
-    monkeypatch.setattr(support_run, "read_image", no_memory_to_read)
-    monkeypatch.setattr(evaluation, "answer_cells", no_memory_to_answer)
-    monkeypatch.setattr(sys, "argv", ["eval.py", *MME, "--out", str(tmp_path)])
-    monkeypatch.setattr(support_run.signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as e:
-        support_run.start(evaluation.main)
+        return answer_questions(model, questions, *rest)
+    with monkeypatch.context() as patch:
+        patch.setattr(support_run, "read_image", no_memory_to_read)
+        patch.setattr(evaluation, "answer_questions", no_memory_to_answer)
+        patch.setattr(sys, "argv", ["eval.py", *MME, "--out", str(tmp_path)])
+        patch.setattr(support_run.signal, "signal", lambda *_: None)
+        with pytest.raises(SystemExit) as e:
+            support_run.start(evaluation.main)
     printed, said = capsys.readouterr()
     assert e.value.code == 2 and not tables(printed) and not (tmp_path / "result.json").exists()
-    *_, last = said.splitlines()
-    assert last.startswith(f"eval.py: error: mme: memory ran out on 2 of {len(ids)} questions, the "
-                           f"first is {ids[0]} (")
-    assert "want fewer --max-pixels, a smaller --max-batch-tokens or another --device" in last
-    assert f"question {ids[-1]} (" in said and "Traceback" not in said
-    assert lines_in(tmp_path / "answers.jsonl") == whole[1:-1]
-    monkeypatch.setattr(support_run, "read_image", read_image)
-    asked[:] = ["the first is asked again"]
+    *_, end = said.splitlines()
+    assert end.startswith("eval.py: error: mme: memory ran out on 3 of 4 questions, the first is "
+                          f"{first} ({image[first]}); want fewer --max-pixels, a smaller "
+                          "--max-batch-tokens or another --device")
+    for id in (first, *last_two):
+        assert f"eval.py: question {id} ({image[id]}): out of memory" in said
+    assert lines_in(tmp_path / "answers.jsonl") == [whole[1]] and asked == [kept]
     run(evaluation.main, *MME, "--max-batch-tokens", 9999, out=tmp_path)
-    assert asked[1:] == [ids[0], ids[-1]]
+    assert sorted(asked) == sorted([kept, first, *last_two])
     assert lines_in(tmp_path / "answers.jsonl") == whole
 
 
@@ -306,13 +303,14 @@ def test_images_are_read_ahead_in_order_and_reading_stops_where_it_fails(monkeyp
     monkeypatch.setattr(support_run, "read_image", read_image)
     model = SimpleNamespace(preprocess=lambda image: image)
     questions = [Question(str(i), i, "", [], "") for i in range(100)]
+    pairs = [questions[i:i + 2] for i in range(0, 100, 2)]
     seen = []
     with pytest.raises(InputError, match="30"):
-        for question, image in support_run.read_ahead(model, questions):
-            seen.append((question.image, image()))
-    assert seen == [(i, -i) for i in range(30)]
-    for some in ([], questions[:1], questions[:20]):
-        assert [question for question, _ in support_run.read_ahead(model, some)] == some
+        for pair, images in support_run.read_ahead(model, pairs):
+            seen += support_run.attempt(lambda batch, found: found, pair, images)
+    assert [(question.image, found) for question, found in seen] == [(i, -i) for i in range(30)]
+    for some in ([], pairs[:1], pairs[:20]):
+        assert [pair for pair, _ in support_run.read_ahead(model, some)] == some
 
 
 def test_progress_shows_the_score_and_the_time_left_on_a_terminal_only(capsys, monkeypatch):
@@ -359,7 +357,7 @@ def test_a_run_has_another_folder_only_if_its_answers_may_differ(code, tmp_path,
     before = settings(argv, code, monkeypatch)
     for same in (["--ratio", "0.9", "--layer", "20"], [*argv, "--json"],
                  [*argv, "--plot", "b.svg"], [*argv, "--max-batch-tokens", "99"],
-                 [*argv, "--out", "x"]):
+                 [*argv, "--batch", "3"], [*argv, "--out", "x"]):
         assert settings(same, code, monkeypatch) == before, same
     for other in (["--layer", "20", "--ratio", "0.8"], [*argv, "--positions", "compact"],
                   [*argv, "--model", str(ROOT / "tiny" / "qwen")]):
