@@ -99,7 +99,7 @@ def test_sparsevlm_merges_as_the_authors_code_does(case):
     """Theirs breaks exact ties of density by random noise, ours by the order of the rows: theirs
     must be ours for some order.
 
-    With 2 clusters, density is the distance to one neighbour, so that mutual neighbours tie; with 5
+    With 2 clusters, density is the distance to one neighbor, so that mutual neighbors tie; with 5
     nothing ties. Left out is the recording where the noise, 17 steps of float32 wide, did not break
     the tie of the densest two, and both became centers.
     """
@@ -272,7 +272,7 @@ def test_sparsevlm_keeps_as_many_as_leave_room_for_the_merged(n, V, want):
 
 
 def test_cluster_by_hand():
-    """Nearest neighbours lie 1, 1, 1.5 and 1.2, 0.8, 0.8 away: 11.2 is densest; 0 is dense and far
+    """Nearest neighbors lie 1, 1, 1.5 and 1.2, 0.8, 0.8 away: 11.2 is densest; 0 is dense and far
     from all that is denser."""
     x = torch.tensor([[0.], [1.], [2.5], [10.], [11.2], [12.]])
     centers, means = tokprune.cluster(x, 2)

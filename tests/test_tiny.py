@@ -124,7 +124,7 @@ def test_scores_are_ranked_against_the_information_of_single_tokens(name, monkey
     monkeypatch.setattr(agreement, "LAYERS", [1, 2])
     monkeypatch.setattr(agreement, "read_image", lambda picture: images()[picture])
     monkeypatch.setattr(agreement, "attention_of_raters", lambda view: 2 * exact[view.layer - 1])
-    monkeypatch.setattr(tokprune, "saliency_of", lambda _: -exact[0])
+    monkeypatch.setattr(tokprune, "saliency_of", lambda _: -exact[:1])
     found = {}
     for own in ("ab", "No"):
         monkeypatch.setattr(model, "decode", lambda stream: [own])

@@ -68,9 +68,9 @@ def reached(model, start):
 
 @pytest.fixture(scope="module")
 def info(start):
-    """Made up: of each token, or of each token and each of three answer tokens."""
+    """Made up, of one prompt: of each token, or of each token and each of three answer tokens."""
     g = torch.Generator().manual_seed(0)
-    shapes = {"windows": (start.N,), "tokens": (start.N, 3), "attention": (start.N, 3)}
+    shapes = {"windows": (1, start.N), "tokens": (1, start.N, 3), "attention": (1, start.N, 3)}
     return {name: torch.randn(shapes[method.measure], generator=g)
             for name, method in METHODS.items() if method.measure}
 
@@ -270,8 +270,8 @@ def test_a_view_shows_the_layer_before_and_the_tokens_that_are_left(request, mod
     close(view.normed(), decoder_of(model).norm(view.x))
     assert view.layer == 2 and view.visual == (start.visual[0], 7)
     assert view.origin.equal(before.origin[0])
-    assert view.saliency().equal(start.saliency()[view.origin])
-    assert view.info.equal(info["info"][view.origin])
+    assert view.saliency().equal(start.saliency()[0, view.origin])
+    assert view.info.equal(info["info"][0, view.origin])
     assert view.embeds.equal(start.x[0]) and view.embeds_visual == start.visual
     other = tokprune.view_of(model, reached, 0, 3, None)
     assert view.rng.initial_seed() != other.rng.initial_seed()
