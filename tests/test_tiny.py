@@ -78,7 +78,6 @@ def test_a_built_in_model_answers_what_it_was_trained_on(name, stage, chat, toke
 def test_training_steps_change_the_weights_and_are_not_taken_again(tmp_path, monkeypatch):
     """Another seed sees other images, and begins a checkpoint of its own."""
     monkeypatch.setattr(training, "WORK", tmp_path)
-    monkeypatch.setattr(training, "LOADERS", 0)
     monkeypatch.setattr(training.torch.utils.data, "DataLoader",
                         lambda batches, sampler, **_: map(batches.__getitem__, sampler))
     model = make.make_llava(1, llava_tokenizer())
