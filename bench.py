@@ -1,105 +1,491 @@
-"""How fast a model is, unpruned and pruned by each method; and comparisons as ratios.
+"""How fast a model is, unpruned and pruned by each method.
 
-    python bench.py                               the model at hand: the built-in one
+    python bench.py                                the model at hand: the built-in one
     python bench.py --model FOLDER --layer 2,20 --ratio 0.9
-    python bench.py --parts pruning,sweep         comparisons, and whether each reaches its aim
-    python bench.py --parts transformers          against transformers, which it needs installed
+    python bench.py --shape qwen-7b --depth 4      a published shape, no checkpoint needed
+    python bench.py --against transformers         and as ratios to transformers, if it is installed
+    python bench.py --sweep                        the sweep and information: together and one by one
 
-Comparisons run on made-up checkpoints of 7B width or on the built-in model. A time is the median of
---rounds [lowest, highest], after one that warms up. What is compared takes turns in one run.
+A time is the median of --rounds [lowest, highest], after one that warms up. What is compared takes
+turns in one run. A shape's weights are drawn at random, on the device: they give times, no answers.
 """
 import importlib.util
-import shutil
-import tempfile
-from importlib.metadata import version
+import re
+import warnings
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from information import information_flops, token_information, windows_of
-from support import comparisons, flags, made_up, report, run
-from support.benchmarks import load_benchmark
-from support.checkpoint import load_model
-from support.comparisons import TIMED, MiB, Setting, Table
+import model_llava
+import model_qwen
+import model_qwen3
+from eval import Cell, answer_cells
+from information import token_information, windows_of
+from support import checkpoint, flags, report
 from support.files import read_image
-from support.timing import (STEPS, cache_bytes, decode, device_name, extra_memory, matrix_rate, now,
-                            span, time_call, time_in_turns, time_prefill)
+from support.run import ROOT, open_folder, provenance, start, write_result
+from support.timing import (STEPS, cache_bytes, copy_rate, decode, device_name, extra_memory,
+                            floor_ms, matrix_rate, span, time_call, time_in_turns, time_prefill)
 from tokprune import (METHODS, InputError, check_method, flops, format_schedule, keep, number_kept,
                       parse_schedule, prefill, prune, visual_tokens)
 
-TINY = run.ROOT / "tiny"
-PICTURE = TINY / "textvqa" / "train_images" / "0007.jpg"
+PICTURE = ROOT / "tiny" / "textvqa" / "train_images" / "0007.jpg"
 QUESTION = "What does the purple word say?"
+TIMED = [name for name, method in METHODS.items() if not method.measure and not method.keeps_none]
+MiB = 2 ** 20
 
 
-# ---- the model at hand ---------------------------------------------------------------------------
+# ---- a model under schedules ---------------------------------------------------------------------
 
 def measure(model, image, question: str, schedules: dict[str, tuple], rounds: int) -> dict:
-    """{"tower_ms", "weight_bytes", "matrix_flops", "speed"}: image and tower, the weights, FLOPs a
-    second of a matrix product. "speed" has a row for each schedule: milliseconds, bytes, FLOPs, and
-    ratios to the first.
+    """Return {"tower_ms", "weight_bytes", "matrix_flops", "copy_bytes", "speed"}: image and tower,
+    the weights, the device's FLOPs and bytes a second. "speed" has a row for each schedule:
+    milliseconds, bytes, FLOPs, ratios to the first, and shares of what the device can do.
 
     schedules: by name; the first is the unpruned model's.
     """
     weight = next(model.parameters())
     stream = model.begin(image, question)
-    tower = time_call(lambda: model.begin(image, question), rounds, weight.device)
-    rate = matrix_rate(weight, min(rounds, 5))
+    found = {"tower_ms": time_call(lambda: model.begin(image, question), rounds, weight.device),
+             "weight_bytes": bytes_of(model), "matrix_flops": matrix_rate(weight, min(rounds, 5)),
+             "copy_bytes": copy_rate(weight.device, min(rounds, 5)), "speed": []}
+    layer_bytes = [bytes_of(layer) for layer in layers_of(model)]
     prefill_ms = time_prefill(model, stream, schedules, rounds)
-    rows = []
     for name, schedule in schedules.items():
-        row = {"name": name, "schedule": format_schedule(schedule), "prefill_ms": prefill_ms[name]}
-        row["select_ms"] = time_selection(model, stream, schedule, rounds)
+        rows = [stream.x.shape[1] - stream.N + V
+                for V in visual_tokens(schedule, stream.N, model.num_layers)]
+        layer_flops = [flops(model.config.text, [n]) for n in rows]
+        ms = prefill_ms[name]["median"]
+        row = {"name": name, "schedule": format_schedule(schedule), "prefill_ms": prefill_ms[name],
+               "gflops": sum(layer_flops) / 1e9,
+               "select_ms": time_selection(model, stream, schedule, rounds)}
         row |= measure_prefilled(model, stream, schedule, rounds)
-        first = rows[0] if rows else row
-        ms = row["prefill_ms"]["median"]
+        first = found["speed"][0] if found["speed"] else row
         row["times_as_fast"] = first["prefill_ms"]["median"] / ms
         row["times_fewer_flops"] = first["gflops"] / row["gflops"]
         row["share_of_flops_ratio"] = row["times_as_fast"] / row["times_fewer_flops"]
-        row["share_of_matrix_rate"] = row["gflops"] * 1e9 / (ms / 1000) / rate
-        rows.append(row)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"tower_ms": tower, "weight_bytes": weights, "matrix_flops": rate, "speed": rows}
+        row["share_of_matrix_rate"] = sum(layer_flops) / (ms / 1000) / found["matrix_flops"]
+        row["share_of_floor"] = floor_ms(layer_flops, layer_bytes, found["matrix_flops"],
+                                         found["copy_bytes"]) / ms
+        found["speed"].append(row)
+    return found
 
 
 def measure_prefilled(model, stream, schedule: tuple, rounds: int) -> dict:
-    """Decoding time, cache, peak memory beside the weights, and FLOPs of prefill."""
+    """Return the time of a decoded token, the cache, and prefill's peak memory beside the weights.
+    """
     device = stream.x.device
-    full = prefill(model, stream, schedule)
-    decoding = time_call(lambda: decode(model, full), rounds, device)
-    text_rows = stream.x.shape[1] - stream.N
-    rows = [text_rows + V for V in visual_tokens(schedule, stream.N, model.num_layers)]
+    full_stream = prefill(model, stream, schedule)
+    decoding = time_call(lambda: decode(model, full_stream), rounds, device)
     return {"decode_ms": {key: ms / STEPS for key, ms in decoding.items()},
-            "cache_bytes": cache_bytes(full),
-            "peak_bytes": extra_memory(lambda: prefill(model, stream, schedule), device),
-            "gflops": flops(model.config.text, rows) / 1e9}
+            "cache_bytes": cache_bytes(full_stream),
+            "peak_bytes": extra_memory(lambda: prefill(model, stream, schedule), device)}
 
 
 def time_selection(model, stream, schedule: tuple, rounds: int) -> float:
-    """Milliseconds of the prunings of a schedule alone."""
+    """Return the milliseconds that only the prunings of a schedule take."""
     total = 0.0
     for layer, method, amount in schedule:
-        reached = model.run(stream, stop=layer)
-        n = number_kept(amount, reached.N)
-        ms = time_call(lambda: prune(model, reached, method, n), rounds, reached.x.device)
+        stream = model.run(stream, stop=layer)
+        n = number_kept(amount, stream.N)
+        ms = time_call(lambda: prune(model, stream, method, n), rounds, stream.x.device)
         total += ms["median"]
-        stream = prune(model, reached, method, n)
+        stream = prune(model, stream, method, n)
     return total
 
 
-def schedules_of(args, L: int) -> dict[str, tuple]:
-    """Unpruned; each --schedule or, at each --layer, everything dropped and each --method."""
+def layers_of(model) -> torch.nn.ModuleList:
+    """Return the decoder's layers, whatever the model's file calls the decoder."""
+    return (model.language_model if hasattr(model, "language_model") else model.model).layers
+
+
+def bytes_of(module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def print_speed(found: dict, on_gpu: bool):
+    print(f"image and tower {span(found['tower_ms'])} ms; weights "
+          f"{found['weight_bytes'] / MiB:.1f} MiB; the device multiplies matrices at "
+          f"{found['matrix_flops'] / 1e9:.0f} GFLOP/s and copies at "
+          f"{found['copy_bytes'] / 1e9:.0f} GB/s\n")
+    report.print_heads(["schedule", "prefill ms", "times as fast", "times fewer FLOPs",
+                        "select ms", "decode ms/token", "tokens/s", "cache MiB", "prefill MiB",
+                        "GFLOPs", "of matrix rate"] + ["of floor"] * on_gpu)
+    for row in found["speed"]:
+        token = row["decode_ms"]
+        report.print_row([
+            row["name"], span(row["prefill_ms"]), f"{row['times_as_fast']:.2f}",
+            f"{row['times_fewer_flops']:.2f}", f"{row['select_ms']:.2f}", span(token, 2),
+            f"{1000 / token['median']:.0f}", f"{row['cache_bytes'] / MiB:.2f}",
+            f"{row['peak_bytes'] / MiB:.2f}", f"{row['gflops']:.3g}",
+            f"{row['share_of_matrix_rate']:.0%}"] + [f"{row['share_of_floor']:.0%}"] * on_gpu)
+    print()
+
+
+def print_verdicts(rows: list[dict], schedules: dict[str, tuple], on_gpu: bool):
+    """Print what the times mean: a sentence for each schedule, or for the methods of each layer.
+
+    With few rows a GPU waits for the weights, so that the ratio of FLOPs cannot be reached: there a
+    pruned prefill is judged by its floor.
+    """
+    key = "share_of_floor" if on_gpu else "share_of_flops_ratio"
+    promise = "of what its FLOPs and weights allow" if on_gpu else "of what the FLOPs promise"
+    by_layer = {}
+    for row in rows[1:]:
+        schedule = schedules[row["name"]]
+        if row["name"] == row["schedule"]:              # typed, not made of --method and --layer
+            print(f"{row['name']} makes prefill {row['times_as_fast']:.1f} times as fast, "
+                  f"{row[key]:.2f} {promise}.")
+        else:
+            by_layer.setdefault(schedule[0][0], []).append(row)
+    for layer, (nothing, *pruned) in by_layer.items():
+        _, _, ratio = schedules[pruned[0]["name"]][0]
+        print(f"Pruning {ratio:.0%} at layer {layer} makes prefill "
+              f"{extremes(pruned, 'times_as_fast', 1)} times as fast, {extremes(pruned, key, 2)} "
+              f"{promise}; dropping everything makes it {nothing['times_as_fast']:.1f} times as "
+              "fast.")
+
+
+def extremes(rows: list[dict], key: str, digits: int) -> str:
+    """Format the least and the most as "1.6 (scope) to 2.1 (random)"."""
+    low = min(rows, key=lambda row: row[key])
+    high = max(rows, key=lambda row: row[key])
+    ends = [low] if low is high else [low, high]
+    return " to ".join(f"{row[key]:.{digits}f} ({row['name'].split()[0]})" for row in ends)
+
+
+# ---- published shapes ----------------------------------------------------------------------------
+
+SHAPES = {
+    "llava-7b": (model_llava.Llava, model_llava.Config(
+        model_llava.TextConfig(vocab_size=32064, rms_norm_eps=1e-5), model_llava.VisionConfig())),
+    "qwen-7b": (model_qwen.Qwen, model_qwen.Config(
+        model_qwen.TextConfig(
+            vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+            num_attention_heads=28, num_key_value_heads=4, rms_norm_eps=1e-6,
+            mrope_section=(16, 24, 24)),
+        model_qwen.VisionConfig(
+            depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584,
+            patch_size=14, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]))),
+    "qwen3-8b": (model_qwen3.Qwen3, model_qwen3.Config(
+        model_qwen3.TextConfig(
+            vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6,
+            rope_theta=5e6, mrope_section=(24, 20, 20)),
+        model_qwen3.VisionConfig(
+            depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, out_hidden_size=4096,
+            num_position_embeddings=2304, deepstack_visual_indexes=[8, 16, 24])))}
+
+
+def made_up(shape: str, depth: int, device, dtype):
+    """Return a model of a published shape with `depth` decoder layers and random weights."""
+    model_class, config = SHAPES[shape]
+    text = replace(config.text, num_hidden_layers=depth)
+    tokenizer = word_tokenizer()
+    config = replace(config, text=text, image_token=tokenizer.token_to_id("<image>"))
+    device, dtype = checkpoint.device_and_dtype(device, dtype)
+    model = checkpoint.empty(model_class, config, tokenizer, set())
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weights[name] = torch.ones(parameter.shape, device=device, dtype=dtype)
+        if "norm" not in name:
+            weights[name].normal_(std=0.02)
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval().requires_grad_(False)        # `to` for buffers
+
+
+def word_tokenizer() -> Tokenizer:
+    """Return a tokenizer with a token a word, so that prompts are about as long as the published
+    ones make them. All words are token 0; the image, as either family writes it, is token 1."""
+    images = ["<image>", "<|image_pad|>"]
+    words = models.WordLevel({"<unk>": 0} | dict.fromkeys(images, 1), "<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(images)
+    return tokenizer
+
+
+def noise(model) -> Image.Image:
+    """Return an image of 24 x 24 visual tokens."""
+    vision = model.config.vision
+    side = 24 * vision.patch_size * getattr(vision, "spatial_merge_size", 1)
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
+
+
+# ---- against transformers ------------------------------------------------------------------------
+
+THEIRS = {"Llava": "LlavaForConditionalGeneration", "Qwen": "Qwen2_5_VLForConditionalGeneration",
+          "Qwen3": "Qwen3VLForConditionalGeneration"}
+
+
+def in_transformers(model):
+    """Return transformers' model of the same config on the same weights, with sdpa."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)      # of names that its next version changes
+    theirs_class = getattr(transformers, THEIRS[type(model).__name__])
+    config = model.config
+    rope = {"rope_type": "default", "rope_theta": config.text.rope_theta}
+    if hasattr(config.text, "mrope_section"):
+        rope["mrope_section"] = list(config.text.mrope_section)
+    config = theirs_class.config_class(text_config=vars(config.text) | {"rope_parameters": rope},
+                                       vision_config=vars(config.vision),
+                                       tie_word_embeddings=config.tie_word_embeddings)
+    weights = {}
+    for name, weight in model.named_parameters():
+        name = re.sub(r"^model\.", "language_model.", name)
+        weights[name if name.startswith("lm_head") else f"model.{name}"] = weight
+    theirs = theirs_class.from_pretrained(None, config=config, state_dict=weights,
+                                          dtype=model.lm_head.weight.dtype,
+                                          attn_implementation="sdpa")
+    return theirs.to(model.lm_head.weight.device).eval()
+
+
+@torch.inference_mode()
+def against_transformers(model, image, question: str, rounds: int) -> list[dict]:
+    """Time the unpruned model and transformers' in turns, and print the ratios."""
+    theirs = in_transformers(model)
+    pixels = model.preprocess(image)
+    stream = model.begin(pixels, question)
+    device = stream.x.device
+    full_stream = model.run(stream)
+    their_logits, past = their_prefill(theirs, stream)
+    calls = {"tower": (lambda: our_tower(model, pixels), lambda: their_tower(theirs, pixels)),
+             "prefill": (lambda: model.logits(model.run(stream)),
+                         lambda: their_prefill(theirs, stream)),
+             "decode": (lambda: decode(model, full_stream),
+                        lambda: their_decode(theirs, past, stream))}
+    report.print_heads(["against transformers", "times as fast", "ms here", "ms there",
+                        "share of memory", "MiB here", "MiB there"])
+    rows = []
+    for name, (ours, others) in calls.items():
+        ms = time_in_turns({"ours": ours, "theirs": others}, rounds, device)
+        row = {"name": name, "ms": ms,
+               "times_as_fast": ms["theirs"]["median"] / ms["ours"]["median"]}
+        cells = [name, f"{row['times_as_fast']:.2f}", span(ms["ours"]), span(ms["theirs"])]
+        if name == "decode":                            # its cache is at hand before
+            cells += ["-", "-", "-"]
+        else:
+            peak, their_peak = extra_memory(ours, device), extra_memory(others, device)
+            row |= {"peak_bytes": {"ours": peak, "theirs": their_peak},
+                    "share_of_memory": peak / their_peak}
+            cells += [f"{peak / their_peak:.2f}", f"{peak / MiB:.1f}", f"{their_peak / MiB:.1f}"]
+        rows.append(row)
+        report.print_row(cells)
+    gap = (model.logits(full_stream) - their_logits).abs().max() / their_logits.abs().max()
+    print(f"\nLogits differ by at most {gap:.1e} of the largest. decode: {STEPS} tokens. "
+          "Memory: the peak, beside the weights.")
+    return rows + [{"name": "logits", "difference": gap.item()}]
+
+
+def our_tower(model, pixels):
+    weight = model.lm_head.weight
+    if isinstance(pixels, tuple):                       # Qwen's patches and their grid
+        patches, grid = pixels
+        return model.visual(patches[None].to(weight.device, weight.dtype), grid)
+    features, _ = model.vision_tower(pixels[None].to(weight.device, weight.dtype))
+    return model.multi_modal_projector(features)
+
+
+def their_tower(theirs, pixels):
+    weight = theirs.lm_head.weight
+    if isinstance(pixels, tuple):
+        patches, (rows, cols) = pixels
+        grid = torch.tensor([[1, 2 * rows, 2 * cols]], device=weight.device)
+        return theirs.model.visual(patches.to(weight.device, weight.dtype), grid_thw=grid)
+    return theirs.model.get_image_features(pixels[None].to(weight.device, weight.dtype),
+                                           vision_feature_layer=-2)
+
+
+def their_prefill(theirs, stream) -> tuple:
+    """Return the last row's logits, float32, and the cache."""
+    planes = {}
+    if stream.planes:                                   # Qwen3-VL adds them to visual rows
+        start, V = stream.visual
+        is_visual = torch.zeros(stream.x.shape[:2], dtype=torch.bool, device=stream.x.device)
+        is_visual[:, start:start + V] = True
+        planes = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": list(stream.planes)}
+    out = theirs.model.language_model(inputs_embeds=stream.x, position_ids=stream.pos,
+                                      use_cache=True, **planes)
+    return theirs.lm_head(out.last_hidden_state[:, -1]).float(), out.past_key_values
+
+
+def their_decode(theirs, past, stream):
+    text = theirs.model.language_model
+    token = stream.ids[-1:][None]
+    place = torch.full((*stream.pos.shape[:-1], 1), stream.next_pos, device=stream.x.device)
+    for step in range(STEPS):
+        out = text(inputs_embeds=text.embed_tokens(token), position_ids=place + step,
+                   past_key_values=past, use_cache=True)
+        theirs.lm_head(out.last_hidden_state[:, -1])
+    past.crop(-STEPS)                                   # the same length every time
+
+
+# ---- the sweep and information, against doing each on its own ------------------------------------
+
+def time_sweep(model, image, question: str, schedules: dict[str, tuple], layers: list[int],
+               rounds: int) -> dict:
+    """Time all schedules of a question in one pass against a pass each, and information at these
+    layers against a run of the whole prompt for each layer and window. Print both ratios."""
+    stream = model.begin(image, question)
+    cells = [Cell(name, schedule) for name, schedule in schedules.items()]
+    answer = model.decode(model.run(stream))[0] or "yes"
+    calls = {
+        "sweep": (lambda: answer_cells(model, stream, cells, {}),
+                  lambda: answers_one_by_one(model, stream, cells)),
+        "information": (lambda: token_information(model, stream, answer, layers),
+                        lambda: information_one_by_one(model, stream, answer, layers))}
+    found = {}
+    for name, (together, apart) in calls.items():
+        ms = time_in_turns({"together": together, "one by one": apart}, rounds, stream.x.device)
+        found[name] = {"ms": ms, "times_as_fast":
+                       ms["one by one"]["median"] / ms["together"]["median"]}
+    answers, others = (call() for call in calls["sweep"])
+    same = sum(answers[key] == others[key] for key in answers)
+    values, others = (call() for call in calls["information"])
+    gap = (values.flatten(1) - others).abs().max().item()
+    found["sweep"] |= {"cells": len(cells), "same": same}
+    found["information"] |= {"layers": len(layers), "difference": gap}
+    report.print_heads(["one question", "times as fast", "ms together", "ms one by one"])
+    for name, row in found.items():
+        report.print_row([name, f"{row['times_as_fast']:.1f}", span(row["ms"]["together"]),
+                          span(row["ms"]["one by one"])])
+    print(f"\nOne pass answers {len(cells)} schedules {found['sweep']['times_as_fast']:.1f} times "
+          f"as fast as a pass each, {same} of {len(cells)} with the same answer. Information at "
+          f"{len(layers)} layers is {found['information']['times_as_fast']:.1f} times as fast as "
+          f"a run for each window, and differs by at most {gap:.1e}.")
+    return found
+
+
+def answers_one_by_one(model, stream, cells: list[Cell]) -> dict[str, str]:
+    answers = {}
+    for cell in cells:
+        answers |= answer_cells(model, stream, [cell], {})
+    return answers
+
+
+def information_one_by_one(model, stream, answer: str, layers: list[int]) -> torch.Tensor:
+    """Return (layers, windows): the whole prompt runs for each, as the definition says."""
+    token = model.answer_ids(answer)[0]
+    nothing = torch.zeros(0, dtype=torch.long)
+    values = []
+    for layer in layers:
+        for kept in [nothing, *windows_of(stream.grid, 2)]:
+            pruned_stream = keep(model.run(stream, stop=layer), kept)
+            values.append(model.logits(model.run(pruned_stream)).softmax(-1)[0, token])
+    values = torch.stack(values).view(len(layers), -1).cpu()
+    return values[:, 1:] - values[:, :1]
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
+def main(argv: list[str]):
+    args = parse_arguments(argv)
+    L = args.depth if args.shape else flags.num_layers(args)
+    layers = flags.parse_layers(args.layer, L)
+    schedules = schedules_of(args, layers, L)
+    image = read_image(args.image or PICTURE)
+    if args.shape:
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        model = made_up(args.shape, args.depth, flags.usable_device(args.device), dtype)
+        image = image if args.image else noise(model)
+    else:
+        model = flags.load_model(args)
+    device = next(model.parameters()).device
+    settings = {name: str(value) for name, value in vars(args).items()
+                if name not in ("command", "out", "json")}
+    out = open_folder(args, settings | {"device": device_name(device)})
+    print(f"{device_name(device)}, torch {torch.__version__}; {flags.where(model)}; {args.model}, "
+          f"{L} layers; median of {args.rounds} rounds [lowest, highest]")
+    result = provenance(args, model)
+    if args.sweep:
+        result["sweep"] = time_sweep(model, image, args.question, schedules, layers, args.rounds)
+    else:
+        result |= measure(model, image, args.question, schedules, args.rounds)
+        print_speed(result, device.type == "cuda")
+        print_verdicts(result["speed"], schedules, device.type == "cuda")
+    if args.against:
+        print()
+        result["against_transformers"] = against_transformers(model, image, args.question,
+                                                              args.rounds)
+    write_result(out, result, args.json)
+
+
+def parse_arguments(argv: list[str]):
+    p = flags.Parser("bench.py", "How fast a model is, unpruned and pruned by each method.")
+    group = p.add_argument_group("what is timed")
+    group.add_argument("--method", metavar="NAMES",
+                       help=f"comma-separated, of {', '.join(TIMED)} (default: all)")
+    group.add_argument("--layer", help="layers at whose input tokens leave: 20, or 2,10,20, or all "
+                       "(default: 2; all with --sweep)")
+    group.add_argument("--ratio", type=flags.share,
+                       help="fraction of the visual tokens removed, 0 to 1 (default: 0.9)")
+    group.add_argument("--schedule", action="append", metavar="S", help="in place of --method, "
+                       "--layer and --ratio: 'dart@2=252 none@20'; repeatable")
+    group.add_argument("--sweep", action="store_true", help="time a sweep and information, each "
+                       "together and one by one, instead of the table")
+    group.add_argument("--against", choices=["transformers"],
+                       help="add the ratios to another implementation")
+    group.add_argument("--image", type=Path, metavar="FILE", help="image of the prompt (default: a "
+                       "bundled one, or 24 x 24 tokens of noise for a shape)")
+    group.add_argument("--question", metavar="TEXT", default=QUESTION,
+                       help="question of the prompt (default: %(default)s)")
+    group.add_argument("--rounds", type=flags.whole(1), default=5, metavar="N",
+                       help="timed rounds, after one that warms up (default: 5)")
+    group = flags.add_model_flags(p)
+    group.add_argument("--shape", choices=SHAPES,
+                       help="a published shape with random weights, instead of --model")
+    group.add_argument("--depth", type=flags.whole(1), metavar="N",
+                       help="decoder layers of the shape (default: as published)")
+    flags.add_output_flags(p)
+    args = p.parse_args(argv)
+    if args.schedule and (args.method or args.layer or args.ratio is not None):
+        raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
+    if args.sweep and (args.schedule or args.against):
+        raise InputError("--sweep: goes without --schedule and --against")
+    if args.against and not importlib.util.find_spec(args.against):
+        raise InputError(f"--against {args.against}: it is not installed; want pip install "
+                         f"{args.against}")
+    check_shape(args, p)
+    args.layer = args.layer or ("all" if args.sweep else "2")
+    args.ratio = 0.9 if args.ratio is None else args.ratio
+    return args
+
+
+def check_shape(args, p):
+    """Raise InputError for a flag that would be ignored. Complete --depth, and name the run."""
+    if args.shape is None:
+        if args.depth is not None:
+            raise InputError("--depth: goes with --shape")
+        return
+    for name in ("model", "min_pixels", "max_pixels"):
+        if getattr(args, name) != p.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')}: goes without --shape")
+    published = SHAPES[args.shape][1].text.num_hidden_layers
+    args.depth = args.depth or published
+    if args.depth > published:
+        raise InputError(f"--depth {args.depth}: want 1 to {published}, as {args.shape} has")
+    args.model = Path(args.shape)
+
+
+def schedules_of(args, layers: list[int], L: int) -> dict[str, tuple]:
+    """Return, by name, unpruned, and each --schedule or, at each layer, none and each --method."""
     schedules = {"unpruned": ()}
     for text in args.schedule or []:
-        schedules[text] = tuple(parse_schedule(text))
-        if not schedules[text]:
-            raise InputError("--schedule: empty, want e.g. 'dart@2=252 random@20:0.9'")
+        schedule = tuple(parse_schedule(text))
+        if not schedule:
+            raise InputError("--schedule: empty, want e.g. 'dart@2=252 none@20'")
+        schedules[format_schedule(schedule)] = schedule
     if not args.schedule:
-        for layer in flags.parse_layers(args.layer, L):
-            schedules[f"none at layer {layer}"] = ((layer, "random", 0),)
-            for method in methods_at(args, layer):
-                schedules[f"{method} at layer {layer}"] = ((layer, method, args.ratio),)
+        for layer in layers:
+            for method in ["none", *methods_at(args, layer)]:
+                amount = 0 if METHODS[method].keeps_none else args.ratio
+                schedules[f"{method} at layer {layer}"] = ((layer, method, amount),)
     for schedule in schedules.values():
         for layer, method, _ in schedule:
             flags.check_layer(layer, L)
@@ -110,295 +496,17 @@ def schedules_of(args, L: int) -> dict[str, tuple]:
 
 
 def methods_at(args, layer: int) -> list[str]:
-    """Those of --method, or all that can act there."""
-    if args.method is not None:
+    """Return those of --method, or all that can act at this layer."""
+    if args.method and args.layer != "all":
         methods = args.method.split(",")
         for method in methods:
             check_method(method, layer)
         return methods
-    return [method for method in TIMED if layer > 0 or not METHODS[method].needs_layer]
-
-
-def print_speed(found: dict):
-    print(f"image and tower {span(found['tower_ms'])} ms; weights "
-          f"{found['weight_bytes'] / MiB:.1f} MiB; a matrix product reaches "
-          f"{found['matrix_flops'] / 1e9:.0f} GFLOP/s\n")
-    report.print_heads(["schedule", "prefill ms", "times as fast", "times fewer FLOPs",
-                        "select ms", "decode ms/token", "tokens/s", "cache MiB", "prefill MiB",
-                        "GFLOPs", "of matrix rate"])
-    for row in found["speed"]:
-        token = row["decode_ms"]
-        report.print_row([
-            row["name"], span(row["prefill_ms"]), f"{row['times_as_fast']:.2f}",
-            f"{row['times_fewer_flops']:.2f}", f"{row['select_ms']:.2f}", span(token, 2),
-            f"{1000 / token['median']:.0f}", f"{row['cache_bytes'] / MiB:.2f}",
-            f"{row['peak_bytes'] / MiB:.2f}", f"{row['gflops']:.3g}",
-            f"{row['share_of_matrix_rate']:.0%}"])
-    print()
-
-
-def print_verdicts(rows: list[dict], schedules: dict[str, tuple], args):
-    """What the times mean: a sentence for each --schedule or --layer."""
-    by_name = {row["name"]: row for row in rows}
-    for name in args.schedule or []:
-        row = by_name[name]
-        print(f"{name} makes prefill {row['times_as_fast']:.1f} times as fast, "
-              f"{row['share_of_flops_ratio']:.2f} of what the FLOPs promise.")
-    by_layer = {}
-    for name, schedule in schedules.items():
-        if schedule and not args.schedule:
-            by_layer.setdefault(schedule[0][0], []).append(by_name[name])
-    for layer, (nothing, *pruned) in by_layer.items():
-        print(f"Pruning {args.ratio:.0%} at layer {layer} makes prefill "
-              f"{extremes(pruned, 'times_as_fast', 1)} times as fast, "
-              f"{extremes(pruned, 'share_of_flops_ratio', 2)} of what the FLOPs promise; dropping "
-              f"everything makes it {nothing['times_as_fast']:.1f} times as fast.")
-
-
-def extremes(rows: list[dict], key: str, digits: int) -> str:
-    """As 1.6 (scope) to 2.1 (random)."""
-    low = min(rows, key=lambda row: row[key])
-    high = max(rows, key=lambda row: row[key])
-    ends = [low] if low is high else [low, high]
-    return " to ".join(f"{row[key]:.{digits}f} ({row['name'].split()[0]})" for row in ends)
-
-
-# ---- comparisons with other ways to do the same --------------------------------------------------
-
-def sweep_against_cells(table: Table, setting: Setting):
-    """All layers, all methods, 90 % on the built-in model: one pass a question against each cell on
-    its own; the answers have to be the same."""
-    import eval as evaluation                           # a program: nothing else needs it here
-    flags = ["--layer", "all", "--ratio", "0.9", "--seeds", "1"]
-    if setting.small:
-        flags = ["--layer", "20", "--method", "grid", "--seeds", "1"]
-    args = evaluation.parse_arguments(flags)
-    model = load_model(TINY / "llava", setting.device, torch.float32)
-    cells = evaluation.parse_cells(args, model.num_layers)
-    few = [cell for cell in cells if not cell.schedule or cell.schedule[0][0] == 20]
-    questions = []
-    for benchmark in ("textvqa", "mme"):
-        questions += load_benchmark(benchmark, TINY)[:4]
-    if setting.small:
-        questions = questions[:1]
-    together = 0.0
-    alone = 0.0
-    same = []
-    for question in questions:
-        image = read_image(question.image)
-
-        def answers(cells):
-            stream = model.begin(image, question.prompt)
-            return evaluation.answer_cells(model, stream, question, cells, args)
-        answers(few)                                    # warms up
-        start = now(setting.device)
-        wanted = answers(cells)
-        together += now(setting.device) - start
-        start = now(setting.device)
-        for cell in cells:
-            same.append(answers([cell])[cell.key] == wanted[cell.key])
-        alone += now(setting.device) - start
-    table.add(f"sweep of {len(cells)} cells, times as fast as each on its own", alone / together,
-              5, note=f"{together / 1000:.1f} against {alone / 1000:.1f} s")
-    table.add("sweep: share of answers that are the same", sum(same) / len(same), 1)
-    memory = extra_memory(lambda: answers(cells), setting.device)
-    memory_of_few = extra_memory(lambda: answers(few), setting.device)
-    table.add(f"sweep: peak memory of {len(cells)} cells above that of {len(few)}, MiB",
-              (memory - memory_of_few) / MiB, note="of one question, beside the weights")
-
-
-def information_against_naive(table: Table, setting: Setting):
-    """All layers of keep-one: FLOPs against the official procedure at LLaVA-1.5-7B's shape, time
-    against the naive loop on the built-in model."""
-    shape = SimpleNamespace(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                            num_attention_heads=32, num_key_value_heads=32, head_dim=128)
-    ours, official = information_flops(shape, (35, 30), (24, 24), list(range(1, 32)))
-    table.add("information of 31 layers at LLaVA-1.5-7B's shape: times fewer FLOPs than officially",
-              official / ours, 20)
-    single, official = information_flops(shape, (35, 30), (24, 24), list(range(1, 32)), window=1)
-    table.add("the same of single tokens: times the FLOPs of windows", single / ours)
-    table.add("the same of single tokens: times fewer FLOPs than officially", official / single)
-    model = load_model(TINY / "llava", setting.device, torch.float32)
-    question = load_benchmark("textvqa", TINY)[0]
-    stream = model.begin(read_image(question.image), question.prompt)
-    layers = [20] if setting.small else list(range(1, model.num_layers))
-    calls = {"ours": lambda: token_information(model, stream, question.gold_normalized, layers),
-             "naive": lambda: naive_information(model, stream, question.gold_normalized, layers)}
-    ms = time_in_turns(calls, min(setting.rounds, 3), setting.device)
-    table.add("information on the built-in model: times as fast as the naive loop",
-              ms["naive"]["median"] / ms["ours"]["median"], 10,
-              note=f"{span(ms['ours'])} against {span(ms['naive'])} ms")
-    gap = calls["ours"]().flatten(1) - calls["naive"]()
-    table.add("information: largest difference from the naive loop", gap.abs().max().item(), 1e-5,
-              at_most=True)
-
-
-def naive_information(model, stream, answer: str, layers: list[int]) -> torch.Tensor:
-    """(layers, windows): runs the whole prompt for each layer and window, as the definition says.
-    """
-    token = model.answer_ids(answer)[0]
-    nothing = torch.zeros(0, dtype=torch.long)
-    values = []
-    for layer in layers:
-        for kept in [nothing, *windows_of(stream.grid, 2)]:
-            pruned = keep(model.run(stream, stop=layer), kept)
-            values.append(model.logits(model.run(pruned)).softmax(-1)[0, token])
-    values = torch.stack(values).view(len(layers), -1).cpu()
-    return values[:, 1:] - values[:, :1]
-
-
-def whole_models(table: Table, setting: Setting):
-    """On a CUDA device: each method at layers 2 and 20 as a share of the device's rates, questions
-    a second, information; and the difference from the CPU."""
-    if setting.device.type != "cuda" and not setting.small:
-        report.print_row(["on CUDA", "not measured", "", "no CUDA device"])
-        return
-    for kind in made_up.CONFIGS:
-        path = setting.folder / kind
-        depth = setting.layers if setting.small else made_up.depth_of(kind)
-        made_up.write_checkpoint(path, kind, depth, setting.small)
-        model = load_model(path, setting.device, torch.bfloat16)
-        image = made_up.image_for(model, setting.side)
-        schedules = {"unpruned": ()}
-        for layer in [layer for layer in (2, 20) if layer < depth]:
-            for method in TIMED:
-                schedules[f"{method} at layer {layer}"] = ((layer, method, 0.9),)
-        found = measure(model, image, made_up.QUESTION, schedules, setting.rounds)
-        comparisons.shares_of_rates(table, kind, model, found, setting)
-        comparisons.questions_a_second(table, kind, model, setting)
-        stream = model.begin(image, made_up.QUESTION)
-        layers = list(range(1, depth))
-        ms = time_call(lambda: token_information(model, stream, "Yes", layers), 1, setting.device)
-        table.add(f"{kind}: information of all layers of one question, s", ms["median"] / 1000)
-        logits = model.logits(model.run(stream)).cpu()
-        del model, stream
-        on_cpu = load_model(path, "cpu", torch.bfloat16)
-        wanted = on_cpu.logits(on_cpu.run(on_cpu.begin(image, made_up.QUESTION)))
-        gap = (logits - wanted).abs().max() / wanted.abs().max()
-        table.add(f"{kind}: difference of logits from the CPU's, share of the largest", gap.item(),
-                  0.05, at_most=True)
-        del on_cpu
-        shutil.rmtree(path)                             # 14 to 18 GB
-
-
-# ---- the program ---------------------------------------------------------------------------------
-
-PARTS = {"transformers": comparisons.against_transformers, "pruning": comparisons.pruning,
-         "sweep": sweep_against_cells, "information": information_against_naive,
-         "loading": comparisons.loading, "growth": comparisons.growth, "cuda": whole_models}
-
-
-def main(argv: list[str]):
-    args = parse_arguments(argv)
-    if args.parts:
-        compare(args)
-    else:
-        time_model(args)
-
-
-def time_model(args):
-    """The model at hand under each schedule: a table, and what it means."""
-    schedules = schedules_of(args, flags.num_layers(args))
-    image = read_image(args.image or PICTURE)
-    model = flags.load_model(args)
-    out = run.open_folder(args, run.settings_of(args, model, {}))
-    device = next(model.parameters()).device
-    print(f"{device_name(device)}, torch {version('torch')}; {flags.where(model)}; median of "
-          f"{args.rounds} rounds [lowest, highest]")
-    found = measure(model, image, args.question or QUESTION, schedules, args.rounds)
-    print_speed(found)
-    print_verdicts(found["speed"], schedules, args)
-    run.write_result(out, run.provenance(args, model, {}) | found, args.json)
-
-
-def compare(args):
-    """The comparisons of --parts: a table each, and which aims are missed."""
-    device = torch.device(flags.usable_device(args.device))
-    packages = ["torch", "transformers"] if "transformers" in args.parts else ["torch"]
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    settings = {"parts": args.parts, "made_up_layers": args.made_up_layers, "rounds": args.rounds,
-                "smoke": args.smoke, "device": device_name(device), "versions": versions,
-                "threads": torch.get_num_threads()}
-    out = run.open_folder(args, settings)
-    print(f"{settings['device']}, {settings['threads']} threads, {versions}; median of "
-          f"{args.rounds} rounds, of 3 where one takes minutes [lowest, highest]\n")
-    table = Table(args.smoke)
-    report.print_heads(["what", "value", "aim", "note"])
-    for part in args.parts:
-        with tempfile.TemporaryDirectory() as folder:
-            PARTS[part](table, Setting(device, layers=args.made_up_layers, rounds=args.rounds,
-                                       small=args.smoke, folder=Path(folder),
-                                       picture=out / "growth.png"))
-    aims = [row for row in table.rows if row["held"] is not None]
-    missed = [row["what"] for row in aims if not row["held"]]
-    if aims:
-        print(f"\n{len(aims) - len(missed)} of {len(aims)} aims are held"
-              + (f"; missed: {'; '.join(missed)}." if missed else "."))
-    if "growth" in args.parts:
-        print(f"picture: {out / 'growth.png'}")
-    result = {"command": args.command} | settings | {"missed": missed, "found": table.rows}
-    run.write_result(out, result, args.json)
-
-
-def parse_arguments(argv: list[str]):
-    p = flags.Parser("bench.py", "How fast a model is, unpruned and pruned by each method.")
-    group = p.add_argument_group("the model at hand")
-    group.add_argument("--method", metavar="NAMES",
-                       help=f"comma-separated, of {', '.join(TIMED)} (default: all)")
-    group.add_argument("--layer",
-                       help="tokens leave at its input: 20, or 2,10,20, or all (default: 2)")
-    group.add_argument("--ratio", type=flags.share,
-                       help="fraction of the visual tokens removed (default: 0.9)")
-    group.add_argument("--schedule", action="append", metavar="S",
-                       help="instead of these three: 'dart@2=252 random@20=38'; repeatable")
-    group.add_argument("--image", type=Path, metavar="FILE", help="default: a bundled one")
-    group.add_argument("--question", metavar="TEXT", help=f"default: {QUESTION}")
-    flags.add_model_flags(p)
-    group = p.add_argument_group("comparisons, instead of the model at hand")
-    group.add_argument("--parts", metavar="NAMES", help=f"comma-separated, of {', '.join(PARTS)}")
-    group.add_argument("--made-up-layers", type=flags.whole(3), default=4, metavar="N",
-                       help="decoder layers of made-up models; parts that need a deeper one use "
-                            "them in turn (default: 4)")
-    group = p.add_argument_group("timing")
-    group.add_argument("--rounds", type=flags.whole(1), default=10, metavar="N",
-                       help="timed rounds, after one that warms up (default: 10)")
-    group.add_argument("--smoke", action="store_true",
-                       help="one round, of tiny shapes: to see what runs, not how fast")
-    flags.add_output_flags(p)
-    args = p.parse_args(argv)
-    if args.schedule and (args.method or args.layer or args.ratio is not None):
-        raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
-    check_parts(args, p)
-    if args.layer is None:
-        args.layer = "2"
-    if args.ratio is None:
-        args.ratio = 0.9
-    if args.smoke:
-        args.rounds = 1
-        args.made_up_layers = 3
-    return args
-
-
-def check_parts(args, p):
-    """Splits --parts into names. Raises InputError for an unknown one, and for a flag that would be
-    ignored."""
-    if args.parts is None:
-        unused = ["made_up_layers"]
-    else:
-        unused = ["method", "layer", "ratio", "schedule", "image", "question", "model", "dtype",
-                  "min_pixels", "max_pixels"]
-        args.parts = args.parts.split(",")
-        for part in args.parts:
-            if part not in PARTS:
-                raise InputError(f"--parts: unknown {part!r}; want some of {', '.join(PARTS)}")
-        if "transformers" in args.parts and not importlib.util.find_spec("transformers"):
-            raise InputError("--parts transformers: it is not installed; want pip install "
-                             "transformers==5.23.0")
-    for name in unused:
-        if getattr(args, name) != p.get_default(name):
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag}: goes {'with' if args.parts is None else 'without'} --parts")
+    methods = args.method.split(",") if args.method else TIMED
+    for method in methods:
+        check_method(method, 1)
+    return [method for method in methods if layer > 0 or not METHODS[method].needs_layer]
 
 
 if __name__ == "__main__":
-    run.start(main)
+    start(main)

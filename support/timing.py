@@ -1,5 +1,5 @@
-"""How long a call takes, and how much memory. Speeds are compared side by side: the calls take
-turns, after a round that warms up."""
+"""How long a call takes, how much memory, and what the device can do. Speeds are compared side by
+side: the calls take turns, after a round that warms up."""
 import os
 import platform
 import re
@@ -18,16 +18,18 @@ STEPS = 8                       # tokens decoded at a time
 
 
 def now(device) -> float:
-    """Milliseconds; on a CUDA device, when everything in its queue is done. Only the device that is
-    given is asked: a question to another one would open a context there."""
+    """Return milliseconds, on a CUDA device when everything in its queue is done.
+
+    Synchronizes only this device: touching another would create a CUDA context on it.
+    """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return 1000 * time.perf_counter()
 
 
 def time_in_turns(calls: dict, rounds: int, device) -> dict[str, dict]:
-    """Milliseconds of each call, by its name: {"median", "low", "high"} of so many rounds, after
-    one that warms up. The calls take turns in this order, in the next round in reverse."""
+    """Return the milliseconds of each call, by its name: {"median", "low", "high"} of so many
+    rounds, after one that warms up. The calls take turns, every other round in reverse."""
     ms = {name: [] for name in calls}
     order = list(calls)
     for _ in range(rounds + 1):
@@ -44,43 +46,64 @@ def spread(ms: list[float]) -> dict:
 
 
 def span(ms: dict, digits: int = 1) -> str:
-    """As 12.3 [12.0, 13.1]."""
+    """Format as "12.3 [12.0, 13.1]"."""
     return f"{ms['median']:.{digits}f} [{ms['low']:.{digits}f}, {ms['high']:.{digits}f}]"
 
 
 def time_call(call, rounds: int, device) -> dict:
-    """`time_in_turns` of one call."""
+    """Return what `time_in_turns` finds of one call."""
     return time_in_turns({"": call}, rounds, device)[""]
 
 
 def time_prefill(model, stream, schedules: dict[str, tuple], rounds: int) -> dict[str, dict]:
-    """Milliseconds from the input of layer 0 to the first logits, by the name of the schedule."""
+    """Return milliseconds from the input of layer 0 to the first logits, by schedule's name."""
     calls = {}
     for name, schedule in schedules.items():
         calls[name] = lambda schedule=schedule: model.logits(prefill(model, stream, schedule))
     return time_in_turns(calls, rounds, stream.x.device)
 
 
-def decode(model, full):
-    """STEPS tokens behind a stream past the last layer, whose cache is copied first."""
-    token = full.ids[-1:][None]
-    stream = with_room(full)
+def decode(model, full_stream):
+    """Decode STEPS tokens behind a stream past the last layer; no answer ends it early."""
+    token = full_stream.ids[-1:].expand(len(full_stream.x), 1)
+    stream = with_room(full_stream)
     for _ in range(STEPS):
         stream = model.run(model.append(stream, token))
         model.logits(stream)
 
 
+# ---- what the device can do ----------------------------------------------------------------------
+
 def matrix_rate(like: torch.Tensor, rounds: int = 5) -> float:
-    """FLOPs a second of a large square matrix product, on that tensor's device, in its precision.
-    """
+    """Return the FLOPs a second of a large square matrix product, on that tensor's device, in its
+    precision. Of random numbers: a GPU multiplies constant ones faster."""
     n = 8192 if like.device.type == "cuda" else 2048
-    a = torch.ones(n, n, device=like.device, dtype=like.dtype)
+    a = torch.randn(n, n, device=like.device, dtype=like.dtype)
     ms = time_call(lambda: a @ a, rounds, like.device)["low"]
     return 2 * n ** 3 / ms * 1000
 
 
+def copy_rate(device, rounds: int = 5) -> float:
+    """Return the bytes a second that a large copy reads and writes on the device."""
+    size = 2 ** 31 if torch.device(device).type == "cuda" else 2 ** 28
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    ms = time_call(lambda: target.copy_(source), rounds, device)["low"]
+    return 2 * size / ms * 1000
+
+
+def floor_ms(layer_flops: list[float], layer_bytes: list[float], rate: float,
+             bandwidth: float) -> float:
+    """Return the least milliseconds of a prefill: a layer takes at least the time of its FLOPs at
+    `rate` and that of reading its weights once at `bandwidth`, whichever is longer."""
+    seconds = [max(n / rate, size / bandwidth) for n, size in zip(layer_flops, layer_bytes)]
+    return 1000 * sum(seconds)
+
+
+# ---- memory, and the device's name ---------------------------------------------------------------
+
 def extra_memory(call, device) -> int:
-    """The most bytes that torch holds for a call at once, beside what it held before."""
+    """Return the most bytes that torch holds for a call at once, beside what it held before."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -96,7 +119,7 @@ def extra_memory(call, device) -> int:
 
 
 def cache_bytes(stream) -> int:
-    """What the cache of a stream keeps in memory: the storages its tensors lie in, each once."""
+    """Return the memory of a stream's cache: the storages its tensors lie in, each once."""
     storages = {}
     for kv in stream.cache:
         for tensor in (kv.keys, kv.values):
@@ -106,7 +129,7 @@ def cache_bytes(stream) -> int:
 
 
 def device_name(device) -> str:
-    """The GPU with its driver and CUDA version, or the CPU's model where Linux tells it."""
+    """Return the GPU with its driver and CUDA version, or the CPU's model where Linux tells it."""
     if torch.device(device).type == "cuda":
         driver = "unknown"
         if shutil.which("nvidia-smi"):
