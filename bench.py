@@ -184,9 +184,10 @@ SHAPES = {
 def made_up(shape: str, depth: int, device, dtype):
     """Return a model of a published shape with `depth` decoder layers and random weights."""
     model_class, config = SHAPES[shape]
-    text = replace(config.text, num_hidden_layers=depth)
     tokenizer = word_tokenizer()
-    config = replace(config, text=text, image_token=tokenizer.token_to_id("<image>"))
+    image = "<image>" if model_class is model_llava.Llava else "<|image_pad|>"
+    config = replace(config, text=replace(config.text, num_hidden_layers=depth),
+                     image_token=tokenizer.token_to_id(image))
     device, dtype = checkpoint.device_and_dtype(device, dtype)
     model = checkpoint.empty(model_class, config, tokenizer, set())
     weights = {}
@@ -199,13 +200,11 @@ def made_up(shape: str, depth: int, device, dtype):
 
 
 def word_tokenizer() -> Tokenizer:
-    """Return a tokenizer with a token a word, so that prompts are about as long as the published
-    ones make them. All words are token 0; the image, as either family writes it, is token 1."""
-    images = ["<image>", "<|image_pad|>"]
-    words = models.WordLevel({"<unk>": 0} | dict.fromkeys(images, 1), "<unk>")
-    tokenizer = Tokenizer(words)
+    """Return a tokenizer with a token a word, the same for all words but the image: prompts are
+    about as long as the published tokenizers make them."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(images)
+    tokenizer.add_special_tokens(["<image>", "<|image_pad|>"])      # LLaVA's, and Qwen's
     return tokenizer
 
 
@@ -317,7 +316,7 @@ def their_prefill(theirs, stream) -> tuple:
 
 def their_decode(theirs, past, stream):
     text = theirs.model.language_model
-    token = stream.ids[-1:][None]
+    token = stream.ids[:, -1:]
     place = torch.full((*stream.pos.shape[:-1], 1), stream.next_pos, device=stream.x.device)
     for step in range(STEPS):
         out = text(inputs_embeds=text.embed_tokens(token), position_ids=place + step,
@@ -336,7 +335,7 @@ def time_sweep(model, image, question: str, schedules: dict[str, tuple], layers:
     cells = [Cell(name, schedule) for name, schedule in schedules.items()]
     answer = model.decode(model.run(stream))[0] or "yes"
     calls = {
-        "sweep": (lambda: answer_cells(model, stream, cells, {}),
+        "sweep": (lambda: answer_cells(model, stream, cells, {}, [0])[0],
                   lambda: answers_one_by_one(model, stream, cells)),
         "information": (lambda: token_information(model, stream, answer, layers),
                         lambda: information_one_by_one(model, stream, answer, layers))}
@@ -365,7 +364,7 @@ def time_sweep(model, image, question: str, schedules: dict[str, tuple], layers:
 def answers_one_by_one(model, stream, cells: list[Cell]) -> dict[str, str]:
     answers = {}
     for cell in cells:
-        answers |= answer_cells(model, stream, [cell], {})
+        answers |= answer_cells(model, stream, [cell], {}, [0])[0]
     return answers
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tokprune import prefill, with_room
+from tokprune import in_turn, prefill, with_room
 
 STEPS = 8                       # tokens decoded at a time
 
@@ -65,7 +65,7 @@ def time_prefill(model, stream, schedules: dict[str, tuple], rounds: int) -> dic
 
 def decode(model, full_stream):
     """Decode STEPS tokens behind a stream past the last layer; no answer ends it early."""
-    token = full_stream.ids[-1:].expand(len(full_stream.x), 1)
+    token = in_turn(full_stream.ids[:, -1:], len(full_stream.x))
     stream = with_room(full_stream)
     for _ in range(STEPS):
         stream = model.run(model.append(stream, token))

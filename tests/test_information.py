@@ -4,14 +4,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from checkpoints import ONE_OF_EACH, load
+from checkpoints import ONE_OF_EACH, decoder_of, load
 from samples import QUESTIONS, images
 
 import information
 import tokprune
 from information import token_information
 from support.benchmarks import Question
-from support.made_up import decoder_of
 from tokprune import METHODS, Decoding, InputError, attention, decode, keep
 
 IMAGE = images()["whole"]

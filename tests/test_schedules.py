@@ -3,13 +3,12 @@ import re
 
 import pytest
 import torch
-from checkpoints import load
+from checkpoints import decoder_of, load
 from samples import QUESTIONS, images
 from torch.utils.flop_counter import FlopCounterMode
 
 import information
 import tokprune
-from support.made_up import decoder_of
 from tokprune import METHODS, InputError, format_schedule, keep, parse_schedule, prefill, prune
 
 

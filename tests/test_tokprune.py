@@ -3,12 +3,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import MODULES, ONE_OF_EACH, load
+from checkpoints import MODULES, ONE_OF_EACH, decoder_of, load
 from samples import QUESTIONS, images
 
 import eval as evaluation
 import tokprune
-from support.made_up import decoder_of
 from tokprune import METHODS, InputError, Method, keep, prune, with_room
 
 IMAGE = images()["whole"]
