@@ -117,10 +117,11 @@ def test_an_interrupted_run_measures_only_the_other_questions(run, measured, tmp
             raise KeyboardInterrupt
         return original(*args)
     monkeypatch.setattr(information, "answers_without_image", stops)
+    argv = [*ARGV, "--batch", "1"]
     with pytest.raises(KeyboardInterrupt):
-        information.main([*ARGV, "--out", str(tmp_path)])
+        information.main([*argv, "--out", str(tmp_path)])
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
-    _, result = run(information.main, *ARGV, out=tmp_path)
+    _, result = run(information.main, *argv, out=tmp_path)
     asked = sum(len(drawn(benchmark)) for benchmark in BENCHMARKS)
     assert len(calls) == 3 + asked - 2
     assert result["benchmarks"] == want["benchmarks"]
