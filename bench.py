@@ -4,7 +4,7 @@
     python bench.py --model FOLDER --layer 2,20 --ratio 0.9
     python bench.py --shape qwen-7b --depth 4      a published shape, no checkpoint needed
     python bench.py --against transformers         and as ratios to transformers, if it is installed
-    python bench.py --sweep                        the sweep and information: together and one by one
+    python bench.py --sweep                        the sweep and information, against one by one
 
 A time is the median of --rounds [lowest, highest], after one that warms up. What is compared takes
 turns in one run. A shape's weights are drawn at random, on the device: they give times, no answers.
@@ -246,8 +246,8 @@ def in_transformers(model):
 
 
 @torch.inference_mode()
-def against_transformers(model, image, question: str, rounds: int) -> list[dict]:
-    """Time the unpruned model and transformers' in turns, and print the ratios."""
+def against_transformers(model, image, question: str, rounds: int) -> dict:
+    """Time the unpruned model and transformers' in turns. Print and return the ratios."""
     theirs = in_transformers(model)
     pixels = model.preprocess(image)
     stream = model.begin(pixels, question)
@@ -259,27 +259,24 @@ def against_transformers(model, image, question: str, rounds: int) -> list[dict]
                          lambda: their_prefill(theirs, stream)),
              "decode": (lambda: decode(model, full_stream),
                         lambda: their_decode(theirs, past, stream))}
-    report.print_heads(["against transformers", "times as fast", "ms here", "ms there",
-                        "share of memory", "MiB here", "MiB there"])
     rows = []
     for name, (ours, others) in calls.items():
-        ms = time_in_turns({"ours": ours, "theirs": others}, rounds, device)
-        row = {"name": name, "ms": ms,
-               "times_as_fast": ms["theirs"]["median"] / ms["ours"]["median"]}
-        cells = [name, f"{row['times_as_fast']:.2f}", span(ms["ours"]), span(ms["theirs"])]
-        if name == "decode":                            # its cache is at hand before
-            cells += ["-", "-", "-"]
-        else:
-            peak, their_peak = extra_memory(ours, device), extra_memory(others, device)
-            row |= {"peak_bytes": {"ours": peak, "theirs": their_peak},
-                    "share_of_memory": peak / their_peak}
-            cells += [f"{peak / their_peak:.2f}", f"{peak / MiB:.1f}", f"{their_peak / MiB:.1f}"]
-        rows.append(row)
-        report.print_row(cells)
-    gap = (model.logits(full_stream) - their_logits).abs().max() / their_logits.abs().max()
-    print(f"\nLogits differ by at most {gap:.1e} of the largest. decode: {STEPS} tokens. "
-          "Memory: the peak, beside the weights.")
-    return rows + [{"name": "logits", "difference": gap.item()}]
+        ms = time_in_turns({"here": ours, "there": others}, rounds, device)
+        rows.append({"name": f"{name}, times as fast", "here": ms["here"], "there": ms["there"],
+                     "ratio": ms["there"]["median"] / ms["here"]["median"]})
+    for name in ("tower", "prefill"):
+        here, there = (extra_memory(call, device) for call in calls[name])
+        rows.append({"name": f"memory of {name}, share", "here": here, "there": there,
+                     "ratio": here / there})
+    difference = (model.logits(full_stream) - their_logits).abs().max() / their_logits.abs().max()
+    report.print_heads(["against transformers", "ratio", "here", "there"])
+    for row in rows:
+        sides = [f"{span(side)} ms" if isinstance(side, dict) else f"{side / MiB:.1f} MiB"
+                 for side in (row["here"], row["there"])]
+        report.print_row([row["name"], f"{row['ratio']:.2f}", *sides])
+    print(f"\nLogits differ by at most {difference:.1e} of the largest. Decoding is of {STEPS} "
+          "tokens, memory the peak beside the weights.")
+    return {"rows": rows, "difference_of_logits": difference.item()}
 
 
 def our_tower(model, pixels):
@@ -496,15 +493,10 @@ def schedules_of(args, layers: list[int], L: int) -> dict[str, tuple]:
 
 def methods_at(args, layer: int) -> list[str]:
     """Return those of --method, or all that can act at this layer."""
-    if args.method and args.layer != "all":
-        methods = args.method.split(",")
-        for method in methods:
-            check_method(method, layer)
-        return methods
-    methods = args.method.split(",") if args.method else TIMED
-    for method in methods:
-        check_method(method, 1)
-    return [method for method in methods if layer > 0 or not METHODS[method].needs_layer]
+    names = args.method.split(",") if args.method else TIMED
+    for method in names:
+        check_method(method, layer if args.method and args.layer != "all" else 1)
+    return [method for method in names if layer > 0 or not METHODS[method].needs_layer]
 
 
 if __name__ == "__main__":
