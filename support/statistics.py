@@ -4,6 +4,7 @@ Questions about one image are not independent, so every error and interval is cl
 `image` holds, for each question, the number of its image, 0, 1, ...
 """
 import functools
+import math
 
 import numpy as np
 
@@ -111,3 +112,25 @@ def layer_without_information(rows: list[dict]) -> int | None:
             break
         layer = row["layer"]
     return layer
+
+
+def at_most(count: int, of: int, share: float) -> float:
+    """Return the probability that at most `count` of so many independent questions change, if a
+    share 0 < share < 1 of all questions does."""
+    logs = [math.log(math.comb(of, i)) + i * math.log(share) + (of - i) * math.log1p(-share)
+            for i in range(count + 1)]
+    return min(1.0, math.fsum(map(math.exp, logs)))
+
+
+def share_interval(count: int, of: int) -> tuple[float, float]:
+    """Return the exact 95 % interval of a share, of which `count` of so many independent questions
+    are seen (Clopper and Pearson)."""
+    def edge(lies_below) -> float:                      # the share where that ends
+        low, high = 1e-12, 1 - 1e-12
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if lies_below(middle) else (low, middle)
+        return low
+    low = edge(lambda share: 1 - at_most(count - 1, of, share) < 0.025) if count else 0.0
+    high = edge(lambda share: at_most(count, of, share) > 0.025) if count < of else 1.0
+    return low, high

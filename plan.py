@@ -1,0 +1,328 @@
+"""The cheapest schedule that keeps a model's own answers, with a promise that holds.
+
+    python plan.py                                      the built-in model and benchmarks
+    python plan.py --bench mine.jsonl --loss 0.05       questions of one's own, no gold answers
+    torchrun --nproc-per-node 8 plan.py ...             the same results, faster
+
+Questions are split by image in three. On some, about a hundred schedules are searched; what looks
+best there is partly luck. So a few of them, from careful to cheap, are tested on other questions
+(Learn then Test, arXiv 2110.01052; a walk as in Pareto Testing, arXiv 2210.07913), and only what
+passes is promised: it changes at most a share --loss of the unpruned model's answers. The questions
+that are left report how the promise was kept.
+
+In this order: the promise, the search, schedules and questions, the program.
+
+    S schedules   Q questions   L layers   changed (Q, S): whether an answer is not the unpruned one
+"""
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+
+from eval import Cell, answer_cells
+from support import flags, plans
+from support.benchmarks import METRICS, Question, score
+from support.run import RANK, collect, open_folder, provenance, settings_of, start, write_result
+from support.statistics import at_most
+from tokprune import (METHODS, Decoding, InputError, flops, format_schedule, parse_schedule,
+                      visual_tokens)
+
+
+# ---- the promise ---------------------------------------------------------------------------------
+
+def walk(p_values: list[float], confidence: float) -> int:
+    """Return how many schedules pass, in an order that was fixed before their test was seen.
+
+    Each one's hypothesis is that it changes more than the loss, its p-value how likely no more test
+    questions than were seen would change then. The first that cannot be rejected ends the walk. A
+    false promise needs the first true hypothesis in the order to be rejected, so its probability is
+    at most 1 - confidence, however many schedules there are.
+    """
+    for passed, p in enumerate(p_values):
+        if p > 1 - confidence:
+            return passed
+    return len(p_values)
+
+
+def least_loss(asked: int, confidence: float) -> float:
+    """Return the smallest loss that so many test questions can promise: if none of them changes."""
+    return 1 - (1 - confidence) ** (1 / asked)
+
+
+def least_questions(loss: float, confidence: float) -> int:
+    """Return how many test questions a promise wants, if none of them changes."""
+    return math.ceil(math.log(1 - confidence) / math.log1p(-loss))
+
+
+# ---- the search ----------------------------------------------------------------------------------
+
+STEP = 0.1                              # of the unpruned model's cost
+HOPELESS = 3                            # times the loss: what seems to change more is not tested
+
+
+def horizon_of(share: np.ndarray, loss: float) -> int:
+    """Return the first layer from which on dropping everything changes at most the loss, L if there
+    is none. share (L,): of the answers that change when it is dropped at layer 0, 1, ..."""
+    layer = len(share)
+    while layer > 0 and share[layer - 1] <= loss:
+        layer -= 1
+    return layer
+
+
+def more_careful(schedules: list[tuple], N: int, L: int) -> np.ndarray:
+    """Return (S, S) bool: [a, b] where schedule a keeps at every layer at least as many tokens as
+    b, by no method that b does not use. Keeping none takes no method."""
+    tokens = np.array([visual_tokens(schedule, N, L) for schedule in schedules])
+    methods = [{name for _, name, _ in schedule if not METHODS[name].keeps_none}
+               for schedule in schedules]
+    uses_no_other = np.array([[a <= b for b in methods] for a in methods])
+    return uses_no_other & (tokens[:, None] >= tokens[None]).all(-1)
+
+
+def smooth(share: np.ndarray, careful: np.ndarray) -> np.ndarray:
+    """Return the risk (S,) of each schedule, a steadier guess than its share of changed answers.
+
+    One that changed nothing on a few questions is no better than its more careful neighbors. So
+    this is the mean of its own share, of the mean share of those at least as careful as it, and of
+    that of those at most as careful.
+    """
+    before = (careful * share[:, None]).sum(0) / careful.sum(0)
+    behind = (careful * share[None]).sum(1) / careful.sum(1)
+    return (share + before + behind) / 3
+
+
+def steps(cost: np.ndarray, risk: np.ndarray, stages: np.ndarray) -> list[int]:
+    """Return the schedules to walk, from careful to cheap: of each step of the cost the one of
+    least risk. Among equals the simpler, of fewer stages; then the costlier, for it keeps more.
+
+    A step stays where a cheaper one seems as safe: on a few questions that is often luck, and the
+    first schedule that fails ends the walk.
+    """
+    step = np.floor(cost / STEP + 1e-9)
+    order = np.lexsort((-cost, stages, risk))
+    return [int(order[step[order] == one][0]) for one in np.unique(step)[::-1]]
+
+
+# ---- schedules and questions ---------------------------------------------------------------------
+
+RATIOS = (0.25, 0.5, 0.75)
+SEARCHED = 0.2                          # of the images
+TESTED = 0.75                           # of the other images
+
+
+def coarse(L: int, horizon: int) -> list[tuple]:
+    """Return the schedules to begin with: every method that needs nothing measured beforehand, at a
+    few layers and ratios, then nothing from the horizon on (L: there is none)."""
+    schedules = []
+    for layer in sorted({0, 2, L // 3, L // 2}):
+        for name, method in METHODS.items():
+            cannot = method.measure or method.keeps_none or method.needs_layer and layer == 0
+            if layer < horizon and not cannot:
+                schedules += [with_none(layer, name, ratio, horizon, L) for ratio in RATIOS]
+    return schedules
+
+
+def narrow(schedules: list[tuple], L: int) -> list[tuple]:
+    """Return their neighbors: a little less or more removed, two layers sooner or later, nothing
+    from one layer or two later on."""
+    found = []
+    for (layer, name, ratio), *last in schedules:
+        if METHODS[name].keeps_none:
+            continue
+        horizon = last[0][0] if last else L
+        first = 1 if METHODS[name].needs_layer else 0
+        found += [with_none(layer, name, ratio + change, horizon, L) for change in (-0.125, 0.125)]
+        found += [with_none(other, name, ratio, horizon, L) for other in (layer - 2, layer + 2)
+                  if first <= other < horizon]
+        found += [with_none(layer, name, ratio, min(horizon + later, L), L) for later in (1, 2)]
+    return list(dict.fromkeys(found))
+
+
+def with_none(layer: int, name: str, ratio: float, horizon: int, L: int) -> tuple:
+    """Return the schedule of a method, then of nothing from the horizon on if that is a layer."""
+    last = ((horizon, "none", 0),) if horizon < L else ()
+    return ((layer, name, ratio), *last)
+
+
+def split(questions: list[Question], seed: int) -> dict[str, list[Question]]:
+    """Draw by image which questions to search, test and report on. Two questions about one picture
+    are not independent: one an image is tested."""
+    of_image = {}
+    for question in questions:
+        of_image.setdefault(question.image, []).append(question)
+    rng = random.Random(seed)
+    images = sorted(of_image)
+    rng.shuffle(images)
+    a = math.ceil(SEARCHED * len(images))
+    b = a + math.ceil(TESTED * (len(images) - a))
+    return {"search": [question for image in images[:a] for question in of_image[image]],
+            "test": [rng.choice(of_image[image]) for image in images[a:b]],
+            "report": [question for image in images[b:] for question in of_image[image]]}
+
+
+def answer_question(model, question: Question, image, schedules: list[tuple], seed: int,
+                    decoding: Decoding) -> dict:
+    """Return the record of a question, by the text of each schedule: answers; which of them are not
+    the unpruned one as the metric reads them, as text where there is none; scores, if gold."""
+    stream = model.begin(image, question.prompt)
+    cells = [Cell("unpruned", ())]
+    for schedule in schedules:
+        cells.append(Cell(format_schedule(schedule), schedule, seed))
+    found = answer_cells(model, stream, cells, {}, question.seed, decoding)
+    answers = {cell.name: found[cell.key] for cell in cells}
+    parse = METRICS.get(question.metric, str)
+    read = {name: parse(answer) or answer for name, answer in answers.items()}
+    scores = {"unpruned": 1.0}                          # its own target
+    if question.answers:
+        scores = {name: score(answer, question)[1] for name, answer in answers.items()}
+    return {"answers": answers, "scores": scores,
+            "gold": bool(question.answers),
+            "changed": [name for name in answers if read[name] != read["unpruned"]],
+            "visual_tokens": stream.N, "text_rows": stream.x.shape[1] - stream.N}
+
+
+def changed_in(records: list[dict], schedules: list[tuple]) -> np.ndarray:
+    """Return (Q, S) bool."""
+    texts = [format_schedule(schedule) for schedule in schedules]
+    changed = [[text in record["changed"] for text in texts] for record in records]
+    return np.array(changed, bool).reshape(len(records), len(texts))
+
+
+def costs(model, schedules: list[tuple], records: list[dict], of: str) -> np.ndarray:
+    """Return what each schedule costs as a share of the unpruned model, (S,); of: prefill "flops",
+    text rows included, or visual "tokens" at the layers' inputs."""
+    L = model.num_layers
+
+    def total(schedule) -> float:
+        alive = [visual_tokens(schedule, record["visual_tokens"], L) for record in records]
+        if of == "tokens":
+            return sum(map(sum, alive))
+        return sum(flops(model.config.text, [record["text_rows"] + V for V in tokens])
+                   for tokens, record in zip(alive, records))
+    return np.array([total(schedule) / total(()) for schedule in schedules])
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
+def parse_arguments(argv: list[str]):
+    between = flags.number_that(lambda value: 0 < value < 1, "more than 0 and less than 1")
+    p = flags.Parser("plan.py", "The cheapest schedule that keeps the model's own answers.")
+    group = p.add_argument_group("what to promise")
+    group.add_argument("--loss", type=between, default=0.1, metavar="SHARE",
+                       help="share of the answers that a schedule may change (default: 0.1)")
+    group.add_argument("--confidence", type=between, default=0.95, metavar="SHARE",
+                       help="how sure the promise has to be (default: 0.95)")
+    group.add_argument("--cost", choices=["flops", "tokens"], default="flops",
+                       help="what is to be saved: prefill FLOPs or visual tokens (default: flops)")
+    group.add_argument("--each", action="store_true",
+                       help="choose for each benchmark on its own (default: for all together)")
+    flags.add_answer_flags(flags.add_model_flags(p))
+    flags.add_data_flags(p)
+    group = flags.add_output_flags(p)
+    group.add_argument("--plot", type=Path, metavar="SVG",
+                       help="picture of the search (default: plan.svg in the run folder)")
+    args = p.parse_args(argv)
+    flags.check_picture(args.plot)
+    return args
+
+
+def main(argv: list[str]):
+    args = parse_arguments(argv)
+    data = {name: flags.sample(questions, args.limit, args.seed)
+            for name, questions in flags.load_data(args, gold=False).items()}
+    parts = {name: split(questions, args.seed) for name, questions in data.items()}
+    groups = [[name] for name in data] if args.each else [list(data)]
+    for names in groups:                                # before any work
+        check_questions(sum(len(parts[name]["test"]) for name in names), names, args.loss,
+                        args.confidence)
+    model = flags.load_model(args)
+    settings = settings_of(args, model, data)
+    out = open_folder(args, settings)
+    result = settings | provenance(args, model) | {"plans": []}
+    for names in groups:
+        def ask(part: str, schedules: list[tuple], stage: str) -> list[dict]:
+            def work(question, image):
+                return answer_question(model, question, image, schedules, args.seed,
+                                       flags.decoding(args))
+            (out / stage).mkdir(exist_ok=True)
+            return [record for name in names
+                    for record in collect(out / stage, name, parts[name][part], model, work)]
+        plan = {"benchmarks": names} | make_plan(model, ask, args.loss, args.confidence, args.cost)
+        plans.print_plan(plan, args.model, args.bench if len(groups) == 1 else names[0])
+        result["plans"].append(plan)
+    if RANK == 0:
+        picture = args.plot or out / "plan.svg"
+        plans.plot(result["plans"], picture)
+        print(f"{flags.where(model)}; answers in {out}, picture in {picture}")
+    write_result(out, result, args.json)
+
+
+def check_questions(tested: int, names: list[str], loss: float, confidence: float):
+    """Raise InputError if so few test questions cannot promise the loss."""
+    needed = least_questions(loss, confidence)
+    if tested < needed:
+        images = math.ceil(needed / TESTED / (1 - SEARCHED))
+        least = f"; they could promise {least_loss(tested, confidence):.2f}" if tested else ""
+        raise InputError(f"--loss {loss:g}: wants {needed} images to test on at a confidence of "
+                         f"{confidence:g}, about {images} in all; {', '.join(names)} leaves "
+                         f"{tested}{least}")
+
+
+def make_plan(model, ask, loss: float, confidence: float, cost_of: str = "flops") -> dict:
+    """Search, test and report. Returns a row for every schedule searched, those of the walk, and
+    the last one promised (None if there is none).
+
+    ask(part, schedules, stage) -> the records of a part's questions: "search", "test", "report".
+    """
+    horizon, searched, walked = search(model, ask, loss, cost_of)
+    schedules = [tuple(parse_schedule(row["schedule"])) for row in walked]
+    records = []
+    for part in ("test", "report"):
+        of_part = ask(part, schedules, part)
+        for row, changed in zip(walked, changed_in(of_part, schedules).sum(0)):
+            row[part] = [int(changed), len(of_part)]
+        records += of_part
+    for row in walked:
+        row["p_value"] = at_most(*row["test"], loss)
+        row["score"] = mean_score(records, row["schedule"])
+    passed = walk([row["p_value"] for row in walked], confidence)
+    return {"loss": loss, "confidence": confidence, "cost": cost_of, "horizon": horizon,
+            "layers": model.num_layers, "unpruned": mean_score(records, "unpruned"),
+            "searched": searched, "walk": walked, "chosen": walked[passed - 1] if passed else None}
+
+
+def search(model, ask, loss: float, cost_of: str) -> tuple[int, list[dict], list[dict]]:
+    """Return the horizon, a row for every schedule searched, and the rows to walk: everything
+    dropped at each layer, then a coarse grid, then the neighbors of what seems best."""
+    L = model.num_layers
+    dropped = [((layer, "none", 0),) for layer in range(L)]
+    records = ask("search", dropped, "horizon")
+    horizon = horizon_of(changed_in(records, dropped).mean(0), loss)
+    schedules = dropped[horizon:]
+    changed = changed_in(records, schedules)
+    more = coarse(L, horizon)
+    for stage in ("coarse", "narrow"):
+        schedules = schedules + more
+        changed = np.hstack([changed, changed_in(ask("search", more, stage), more)])
+        cost = {of: costs(model, schedules, records, of) for of in ("flops", "tokens")}
+        risk = smooth(changed.mean(0), more_careful(schedules, records[0]["visual_tokens"], L))
+        walked = steps(cost[cost_of], risk, np.array([len(schedule) for schedule in schedules]))
+        walked = [i for i in walked if risk[i] <= HOPELESS * loss]
+        more = [near for near in narrow([schedules[i] for i in walked], L)
+                if near not in schedules]
+    rows = [{"schedule": format_schedule(schedule), "flops": float(cost["flops"][i]),
+             "tokens": float(cost["tokens"][i]), "risk": float(risk[i]),
+             "search": [int(changed[:, i].sum()), len(changed)]} for i, schedule in enumerate(schedules)]
+    return horizon, rows, [rows[i] for i in walked]
+
+
+def mean_score(records: list[dict], name: str) -> float | None:
+    """Return the mean score of a schedule in percent; None if a question has no gold answer."""
+    if not all(record["gold"] for record in records):
+        return None
+    return 100 * float(np.mean([record["scores"][name] for record in records]))
+
+
+if __name__ == "__main__":
+    start(main)
