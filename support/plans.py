@@ -15,7 +15,7 @@ def print_plan(plan: dict, model: Path, bench: str):
     """Print the walk from careful to cheap, what is promised, and how to check and time it."""
     name = " and ".join(plan["benchmarks"])
     print_heads([name, "tokens", "FLOPs", "changed: searched", "tested", "p", "untouched", "score"])
-    print_row(["unpruned", "100 %", "100 %", "-", "-", "-", "-", number(plan["unpruned"])])
+    print_row(["unpruned", "100%", "100%", "-", "-", "-", "-", number(plan["unpruned"])])
     for row in plan["walk"]:
         schedule = f"**{row['schedule']}**" if row is plan["chosen"] else row["schedule"]
         print_row([schedule, f"{row['tokens']:.0%}", f"{row['flops']:.0%}", changed(row["search"]),
@@ -29,12 +29,12 @@ def print_plan(plan: dict, model: Path, bench: str):
 
 
 def changed(counts: list[int]) -> str:
-    """Format counts as "2 of 120, 2 % [0, 6]", with the exact 95 % interval."""
+    """Format counts as "2 of 120, 2% [0, 6]", with the exact 95 % interval."""
     count, of = counts
     if of == 0:
         return "-"
     low, high = share_interval(count, of)
-    return f"{count} of {of}, {100 * count / of:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{count} of {of}, {count / of:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def print_promise(plan: dict, name: str, model: Path, bench: str):

@@ -1,0 +1,233 @@
+"""plan.py: what it promises, how it searches, and the program on planted records."""
+import json
+import math
+import xml.etree.ElementTree as xml
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import plan
+from support import plans
+from support.benchmarks import Question
+from support.checkpoint import read_config
+from support.run import ROOT
+from support.statistics import at_most, share_interval
+from tokprune import METHODS, InputError, Method, format_schedule, parse_schedule
+
+
+def schedules_of(*texts):
+    return [tuple(parse_schedule(text)) for text in texts]
+
+
+# ---- the promise ---------------------------------------------------------------------------------
+
+def test_p_values_and_intervals_are_those_of_a_table():
+    assert at_most(0, 59, 0.05) == pytest.approx(0.95 ** 59)
+    assert at_most(2, 10, 0.5) == pytest.approx(56 / 1024)
+    assert at_most(10, 10, 0.3) == pytest.approx(1)
+    exact = sum(math.comb(3000, i) * Fraction(1, 20) ** i * Fraction(19, 20) ** (3000 - i)
+                for i in range(101))
+    assert at_most(100, 3000, 0.05) == pytest.approx(float(exact))
+    # Clopper and Pearson, 0 and 2 of 10
+    assert share_interval(0, 10) == pytest.approx((0, 0.3085), abs=1e-4)
+    assert share_interval(2, 10) == pytest.approx((0.0252, 0.5561), abs=1e-4)
+    assert share_interval(10, 10) == pytest.approx((0.6915, 1), abs=1e-4)
+
+
+def test_so_few_questions_promise_so_little():
+    assert plan.least_questions(0.05, 0.95) == 59 and plan.least_questions(0.02, 0.95) == 149
+    assert plan.least_loss(59, 0.95) < 0.05 < plan.least_loss(58, 0.95)
+
+
+def test_the_first_schedule_that_fails_ends_the_walk():
+    assert plan.walk([0.01, 0.05, 0.06, 0.001], 0.95) == 2
+    assert plan.walk([0.2, 0.0], 0.95) == 0 and plan.walk([], 0.95) == 0
+    assert plan.walk([0.01, 0.02], 0.95) == 2
+
+
+def test_a_promise_is_broken_in_at_most_5_percent_of_the_draws():
+    """However many schedules are tried: 30 that change exactly the loss, each seen on its own."""
+    rng = np.random.default_rng(0)
+    broken = 0
+    for _ in range(500):
+        counts = rng.binomial(100, 0.1, 30)
+        broken += plan.walk([at_most(int(count), 100, 0.1) for count in counts], 0.95) > 0
+    assert broken / 500 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 500)
+
+
+# ---- the search ----------------------------------------------------------------------------------
+
+def test_the_horizon_is_the_first_layer_from_which_on_the_loss_holds():
+    share = np.array([0.5, 0.1, 0.2, 0.1, 0.0])
+    assert plan.horizon_of(share, 0.1) == 3
+    assert plan.horizon_of(share, 0.6) == 0
+    assert plan.horizon_of(np.array([0.0, 0.2]), 0.1) == 2
+
+
+def test_more_careful_is_more_tokens_at_every_layer_by_no_other_method():
+    careful = plan.more_careful(schedules_of("none@3", "dart@1:0.5 none@3", "grid@1:0.5 none@3",
+                                             "dart@2:0.5 none@3", "dart@1:0.5 none@2"), 64, 4)
+    assert careful.tolist() == [[True, True, True, True, True],
+                                [False, True, False, False, True],
+                                [False, False, True, False, False],
+                                [False, True, False, True, True],
+                                [False, False, False, False, True]]
+
+
+def test_luck_on_the_searched_questions_is_smoothed_away():
+    """Three ever bolder schedules; the middle one changed nothing by luck."""
+    careful = np.triu(np.ones((3, 3), bool))
+    risk = plan.smooth(np.array([0.2, 0.0, 0.4]), careful)
+    assert 0.1 < risk[1] < risk[2] and risk[0] > 0.1
+    assert plan.smooth(np.array([0.3, 0.1]), np.eye(2, dtype=bool)) == pytest.approx([0.3, 0.1])
+
+
+def test_a_step_of_the_cost_is_its_safest_schedule_then_the_simpler_then_the_costlier():
+    cost = np.array([0.98, 0.91, 0.85, 0.84, 0.83, 0.35, 0.31])
+    risk = np.array([0.01, 0.00, 0.02, 0.02, 0.02, 0.50, 0.50])
+    stages = np.array([1, 2, 2, 1, 1, 2, 2])
+    assert plan.steps(cost, risk, stages) == [1, 3, 5]
+
+
+# ---- schedules and questions ---------------------------------------------------------------------
+
+def test_every_method_takes_part_that_needs_nothing_beforehand(monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", Method(lambda view, n: None, "#123456"))
+    names = {schedule[0][1] for schedule in plan.coarse(24, 20)}
+    assert "mine" in names and "random" in names
+    assert not {"none", "info", "hindsight"} & names
+    for schedule in plan.coarse(24, 20) + plan.narrow(plan.coarse(24, 20), 24):
+        text = format_schedule(schedule)
+        assert tuple(parse_schedule(text)) == schedule, text      # layers ascend, methods fit
+    assert all(schedule[0][0] < 2 for schedule in plan.coarse(24, 2))
+    assert plan.coarse(24, 24)[0] == ((0, "random", 0.25),)
+
+
+def questions_about(images: int, of_each: int = 2) -> list[Question]:
+    return [Question(f"{image}/{i}", ROOT / f"{image}.png", "?", [], "") for image in range(images)
+            for i in range(of_each)]
+
+
+def test_a_picture_is_in_one_part_and_is_tested_once():
+    parts = plan.split(questions_about(50), 0)
+    images = {name: {question.image for question in part} for name, part in parts.items()}
+    assert [len(images[name]) for name in ("search", "test", "report")] == [10, 30, 10]
+    assert len(set.union(*images.values())) == 50
+    assert len(parts["test"]) == 30 and len(parts["search"]) == 20
+    assert plan.split(questions_about(50), 0) == parts != plan.split(questions_about(50), 1)
+
+
+def test_too_few_questions_are_refused_with_how_many_it_takes():
+    plan.check_questions(59, ["mine"], 0.05, 0.95)
+    with pytest.raises(InputError, match="wants 59 images.*about 99 in all; mine leaves 30; they "
+                                         "could promise 0.10"):
+        plan.check_questions(30, ["mine"], 0.05, 0.95)
+
+
+# ---- a plan of planted records -------------------------------------------------------------------
+
+MODEL = SimpleNamespace(num_layers=24, config=read_config(ROOT / "tiny" / "llava"))
+
+
+def planted(share_of, sizes={"search": 40, "test": 120, "report": 40}):
+    """Return `ask`: a schedule changes each answer with probability share_of(its text)."""
+    asked = []
+
+    def ask(part, schedules, stage):
+        asked.append((stage, len(schedules)))
+        rng = np.random.default_rng(len(part))
+        changed = {format_schedule(s): rng.random(sizes[part]) < share_of(format_schedule(s), part)
+                   for s in schedules}
+        return [{"changed": [text for text in changed if changed[text][q]], "gold": False,
+                 "scores": {"unpruned": 1.0}, "visual_tokens": 64, "text_rows": 30}
+                for q in range(sizes[part])]
+    ask.asked = asked
+    return ask
+
+
+def horizon_at_17(text, part):
+    *first, last = parse_schedule(text)
+    if last[1] != "none":
+        return 0.5
+    return 0.0 if last[0] >= 17 and not first else 0.5
+
+
+def test_a_planted_best_schedule_is_found_and_promised():
+    def share(text, part):
+        (layer, name, _), *last = parse_schedule(text)
+        good = name == "dart" and layer >= 8 and last and last[0][0] >= 17
+        return 0.0 if good else horizon_at_17(text, part)
+    ask = planted(share)
+    found = plan.make_plan(MODEL, ask, 0.1, 0.95)
+    assert found["horizon"] == 17
+    good = [row["flops"] for row in found["searched"] if share(row["schedule"], "test") == 0]
+    assert found["chosen"]["schedule"].startswith("dart@")
+    assert found["chosen"]["flops"] < min(good) + plan.STEP and found["chosen"]["test"] == [0, 120]
+    assert [stage for stage, _ in ask.asked] == ["horizon", "coarse", "narrow", "test", "report"]
+    assert sum(number for _, number in ask.asked[:3]) < 200
+
+
+def test_where_only_the_horizon_is_worth_it_that_is_said(capsys):
+    found = plan.make_plan(MODEL, planted(horizon_at_17), 0.1, 0.95)
+    assert found["chosen"]["schedule"] == "none@17"
+    plans.print_plan(found | {"benchmarks": ["mme"]}, "tiny/llava", "mme")
+    printed = capsys.readouterr().out
+    assert "no method is worth more than dropping everything" in printed
+    assert 'python eval.py --model tiny/llava --bench mme --schedule "none@17"' in printed
+
+
+def test_what_fits_the_searched_questions_by_luck_is_not_promised():
+    """Choosing on the searched questions alone took it; 7 of 100 others changed."""
+    def share(text, part):
+        if text.startswith("sparsevlm"):
+            return 0.0 if part == "search" else 0.2
+        return horizon_at_17(text, part)
+    found = plan.make_plan(MODEL, planted(share), 0.1, 0.95)
+    assert found["chosen"] is None or "sparsevlm" not in found["chosen"]["schedule"]
+    assert any("sparsevlm" in row["schedule"] for row in found["walk"])
+
+
+def test_nothing_is_promised_where_nothing_passes_and_what_would_help_is_said(capsys):
+    found = plan.make_plan(MODEL, planted(
+        lambda text, part: 0.0 if part == "search" else 0.09), 0.1, 0.95)
+    assert found["chosen"] is None
+    plans.print_plan(found | {"benchmarks": ["mme"]}, "tiny/llava", "mme")
+    printed = capsys.readouterr().out
+    assert "nothing is promised" in printed and "questions to test on, where there are 120" in printed
+
+
+def test_where_every_schedule_changes_too_much_nothing_is_tested(capsys):
+    found = plan.make_plan(MODEL, planted(lambda text, part: 1.0), 0.1, 0.95)
+    assert found["horizon"] == 24 and found["walk"] == [] and found["chosen"] is None
+    plans.print_plan(found | {"benchmarks": ["mme"]}, "tiny/llava", "mme")
+    assert "every schedule seems to change far more" in capsys.readouterr().out
+
+
+def test_a_result_is_json_and_its_picture_marks_the_walk(tmp_path):
+    found = plan.make_plan(MODEL, planted(horizon_at_17), 0.1, 0.95) | {"benchmarks": ["<mine>"]}
+    assert json.loads(json.dumps(found))["chosen"] == found["chosen"]
+    plans.plot([found], tmp_path / "plan.svg")
+    picture = xml.parse(tmp_path / "plan.svg").getroot()
+    circles = [node for node in picture.iter() if node.tag.endswith("circle")]
+    assert len(circles) >= len(found["searched"]) + len(found["walk"])
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
+def test_an_answer_counts_as_changed_as_the_metric_reads_it(monkeypatch):
+    """"Yes." is Yes to a metric; where there is none, it is another text."""
+    answers = {"unpruned": "Yes", "none@3 seed 0": "Yes.", "none@2 seed 0": "no"}
+    monkeypatch.setattr(plan, "answer_cells", lambda *_: answers)
+    model = SimpleNamespace(begin=lambda image, prompt: SimpleNamespace(
+        N=4, x=np.zeros((1, 9, 1))))
+    schedules = schedules_of("none@3", "none@2")
+
+    def changed(gold, metric):
+        question = Question("1", ROOT, "?", gold, metric)
+        return plan.answer_question(model, question, None, schedules, 0, plan.Decoding())
+    assert changed(["no"], "yesno")["changed"] == ["none@2"]
+    assert changed(["no"], "yesno")["scores"] == {"unpruned": 0, "none@3": 0, "none@2": 1}
+    assert changed([], "")["changed"] == ["none@3", "none@2"]
+    assert not changed([], "")["gold"]

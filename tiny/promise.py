@@ -1,0 +1,119 @@
+"""How well plan.py keeps its promise, and how timid it is, on a built-in model and its benchmarks.
+
+    python tiny/promise.py                    LLaVA
+    python tiny/promise.py --model tiny/qwen
+
+Every schedule is asked of every question once, into --out; splitting them is arithmetic. One
+question an image, as where plan.py tests. The schedules are plan.py's coarse grid and, for each,
+nothing from one of three layers on: more than a plan searches, so that it has more to be lucky on.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import plan                                                                     # noqa: E402
+from support import flags                                                       # noqa: E402
+from support.report import print_heads, print_row                               # noqa: E402
+from support.run import collect, open_folder, settings_of, start                # noqa: E402
+from support.statistics import at_most                                          # noqa: E402
+
+SPLITS = 200
+DRAWN = [(40, 120), (100, 300), (300, 1000), (1000, 3000)]      # searched, tested
+
+
+def main(argv: list[str]):
+    p = flags.Parser("tiny/promise.py", "How well plan.py keeps its promise.")
+    flags.add_answer_flags(flags.add_model_flags(p))
+    flags.add_data_flags(p)
+    flags.add_output_flags(p)
+    args = p.parse_args(argv)
+    data = flags.load_data(args)
+    model = flags.load_model(args)
+    out = open_folder(args, settings_of(args, model, data))
+    L = model.num_layers
+    print_heads(["benchmark", "loss", "questions", "promise broken", "cost", "nothing promised",
+                 "without a test: broken", "cost", "cheapest that keeps it"])
+    for name, known in data.items():
+        questions = list({question.image: question for question in known}.values())
+        schedules = [((layer, "none", 0),) for layer in range(L)]
+
+        def ask(more: list[tuple], stage: str) -> list[dict]:
+            (out / stage).mkdir(exist_ok=True)
+            return collect(out / stage, name, questions, model,
+                           lambda question, image: plan.answer_question(
+                               model, question, image, more, args.seed, flags.decoding(args)))
+        records = ask(schedules, "none")
+        changed = plan.changed_in(records, schedules)
+        horizon = plan.horizon_of(changed.mean(0), 0.1)
+        grid = [schedule for later in (0, 1, 3) if horizon + later < L
+                for schedule in plan.coarse(L, horizon + later)]
+        changed = np.hstack([changed, plan.changed_in(ask(grid, "grid"), grid)])
+        cost = plan.costs(model, schedules + grid, records, "flops")
+        simulate(name, schedules + grid, changed, cost, records[0]["visual_tokens"], L)
+
+
+def simulate(name: str, schedules: list[tuple], changed: np.ndarray, cost: np.ndarray, N: int,
+             L: int):
+    """Print a row for random splits of the questions, and for draws of more, with replacement."""
+    careful = plan.more_careful(schedules, N, L)
+    Q = len(changed)
+    for loss in (0.05, 0.1):
+        for sizes in [None, *DRAWN]:
+            rng = np.random.default_rng(0)
+            found = []
+            for _ in range(SPLITS):
+                if sizes is None:                       # as plan.py splits; judged on the others
+                    order = rng.permutation(Q)
+                    a, b = round(plan.SEARCHED * Q), round((1 - plan.TESTED) * 0.8 * Q)
+                    searched, others, tested = np.split(changed[order], [a, a + b])
+                else:                                   # judged on all that they are drawn from
+                    searched, tested = (changed[rng.integers(0, Q, n)] for n in sizes)
+                    others = changed
+                luck = cheapest(searched.mean(0), cost, loss)
+                chosen = choose(searched, tested, schedules, careful, cost, loss, L)
+                is_sample = sizes is None
+                found.append([*judge(chosen, others, cost, loss, is_sample), chosen is None,
+                              *judge(luck, others, cost, loss, is_sample)])
+            broken, mean, nothing, broken_by_luck, mean_by_luck = np.mean(found, 0)
+            asked = f"{Q} split" if sizes is None else "{} + {} drawn".format(*sizes)
+            print_row([name, f"{loss:.0%}", asked, f"{broken:.1%}", f"{mean:.2f}", f"{nothing:.0%}",
+                       f"{broken_by_luck:.0%}", f"{mean_by_luck:.2f}",
+                       f"{cost[cheapest(changed.mean(0), cost, loss)]:.2f}"])
+
+
+def choose(searched, tested, schedules, careful, cost, loss: float, L: int) -> int | None:
+    """Return what plan.py chooses, its search limited to these schedules; None if nothing."""
+    share = searched.mean(0)
+    horizon = plan.horizon_of(share[:L], loss)
+    among = np.array([i for i, s in enumerate(schedules) if s[-1][0] >= horizon], int)
+    risk = plan.smooth(share[among], careful[np.ix_(among, among)])
+    stages = np.array([len(schedules[i]) for i in among])
+    walked = [among[i] for i in plan.steps(cost[among], risk, stages)
+              if risk[i] <= plan.HOPELESS * loss]
+    passed = plan.walk([at_most(int(tested[:, i].sum()), len(tested), loss) for i in walked], 0.95)
+    return walked[passed - 1] if passed else None
+
+
+def cheapest(share: np.ndarray, cost: np.ndarray, loss: float) -> int | None:
+    """Return the cheapest schedule that changes at most the loss; None if there is none."""
+    keeps = np.flatnonzero(share <= loss)
+    return keeps[cost[keeps].argmin()] if len(keeps) else None
+
+
+def judge(chosen: int | None, others: np.ndarray, cost: np.ndarray, loss: float,
+          is_sample: bool) -> tuple:
+    """Return whether the others contradict the promise, and what the choice costs. A sample
+    contradicts it if so many changes are less likely than 5 % under it. To choose nothing costs 1.
+    """
+    if chosen is None:
+        return False, 1.0
+    count = int(others[:, chosen].sum())
+    if is_sample:
+        return count > 0 and 1 - at_most(count - 1, len(others), loss) < 0.05, cost[chosen]
+    return count > loss * len(others), cost[chosen]
+
+
+if __name__ == "__main__":
+    start(main)
