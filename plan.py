@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import Cell, answer_cells
+from eval import Cell, answer_cells, most_variants
 from support import flags, plans
 from support.benchmarks import METRICS, Question, score
 from support.run import RANK, collect, open_folder, provenance, settings_of, start, write_result
 from support.statistics import at_most
-from tokprune import (METHODS, Decoding, InputError, flops, format_schedule, parse_schedule,
-                      visual_tokens)
+from tokprune import (METHODS, Decoding, InputError, Stream, flops, format_schedule,
+                      parse_schedule, together, visual_tokens)
 
 
 # ---- the promise ---------------------------------------------------------------------------------
@@ -161,23 +161,33 @@ def split(questions: list[Question], seed: int) -> dict[str, list[Question]]:
             "report": [question for image in images[b:] for question in of_image[image]]}
 
 
-def answer_question(model, question: Question, image, schedules: list[tuple], seed: int,
-                    decoding: Decoding) -> dict:
-    """Return the record of a question, by the text of each schedule: answers; which of them are not
-    the unpruned one as the metric reads them, as text where there is none; scores, if gold."""
-    stream = model.begin(image, question.prompt)
-    cells = [Cell("unpruned", ())]
-    for schedule in schedules:
-        cells.append(Cell(format_schedule(schedule), schedule, seed))
-    found = answer_cells(model, stream, cells, {}, question.seed, decoding)
-    answers = {cell.name: found[cell.key] for cell in cells}
+def cells_of(schedules: list[tuple], seed: int) -> list[Cell]:
+    """Return the unpruned model, then each schedule under its text."""
+    return [Cell("unpruned", ())] + [Cell(format_schedule(schedule), schedule, seed)
+                                     for schedule in schedules]
+
+
+def answer_questions(model, questions: list[Question], images: list, cells: list[Cell],
+                     decoding: Decoding) -> list[dict]:
+    """Return the records of questions of equal shape, by the name of each cell: answers; which of
+    them are changed; scores where there is a gold answer."""
+    stream = together([model.begin(image, question.prompt)
+                       for question, image in zip(questions, images)])
+    seeds = [question.seed for question in questions]
+    found = answer_cells(model, stream, cells, {}, seeds, decoding)
+    return [record_of(question, {cell.name: answers[cell.key] for cell in cells}, stream)
+            for question, answers in zip(questions, found)]
+
+
+def record_of(question: Question, answers: dict[str, str], stream: Stream) -> dict:
+    """An answer is changed if the metric reads it in another way than the unpruned one; where there
+    is no metric, or it reads nothing, if it is another text."""
     parse = METRICS.get(question.metric, str)
     read = {name: parse(answer) or answer for name, answer in answers.items()}
     scores = {"unpruned": 1.0}                          # its own target
     if question.answers:
         scores = {name: score(answer, question)[1] for name, answer in answers.items()}
-    return {"answers": answers, "scores": scores,
-            "gold": bool(question.answers),
+    return {"answers": answers, "scores": scores, "gold": bool(question.answers),
             "changed": [name for name in answers if read[name] != read["unpruned"]],
             "visual_tokens": stream.N, "text_rows": stream.x.shape[1] - stream.N}
 
@@ -217,6 +227,7 @@ def parse_arguments(argv: list[str]):
                        help="what is to be saved: prefill FLOPs or visual tokens (default: flops)")
     group.add_argument("--each", action="store_true",
                        help="choose for each benchmark on its own (default: for all together)")
+    flags.add_memory_flag(group)
     flags.add_answer_flags(flags.add_model_flags(p))
     flags.add_data_flags(p)
     group = flags.add_output_flags(p)
@@ -242,12 +253,17 @@ def main(argv: list[str]):
     result = settings | provenance(args, model) | {"plans": []}
     for names in groups:
         def ask(part: str, schedules: list[tuple], stage: str) -> list[dict]:
-            def work(question, image):
-                return answer_question(model, question, image, schedules, args.seed,
-                                       flags.decoding(args))
-            (out / stage).mkdir(exist_ok=True)
-            return [record for name in names
-                    for record in collect(out / stage, name, parts[name][part], model, work)]
+            cells = cells_of(schedules, args.seed)
+            at_once = flags.at_once(args, most_variants(cells))
+
+            def work(questions, images):
+                return answer_questions(model, questions, images, cells, flags.decoding(args))
+            folder = out / stage
+            folder.mkdir(exist_ok=True)
+            records = []
+            for name in names:
+                records += collect(folder, name, parts[name][part], model, work, at_once)
+            return records
         plan = {"benchmarks": names} | make_plan(model, ask, args.loss, args.confidence, args.cost)
         plans.print_plan(plan, args.model, args.bench if len(groups) == 1 else names[0])
         result["plans"].append(plan)

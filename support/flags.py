@@ -113,6 +113,10 @@ def add_information_flags(group):
     group.add_argument("--answers", choices=["gold", "own"], default="gold",
                        help="measure information of the gold or the model's own answer (default: "
                             "gold)")
+    add_memory_flag(group)
+
+
+def add_memory_flag(group):
     group.add_argument("--max-batch-tokens", type=whole(1), default=2 ** 15, metavar="N",
                        help="most rows computed at once (default: 32768); decides no answer")
 

@@ -195,7 +195,8 @@ def test_nothing_is_promised_where_nothing_passes_and_what_would_help_is_said(ca
     assert found["chosen"] is None
     plans.print_plan(found | {"benchmarks": ["mme"]}, "tiny/llava", "mme")
     printed = capsys.readouterr().out
-    assert "nothing is promised" in printed and "questions to test on, where there are 120" in printed
+    assert "nothing is promised" in printed
+    assert "questions to test on, where there are 120" in printed
 
 
 def test_where_every_schedule_changes_too_much_nothing_is_tested(capsys):
@@ -216,18 +217,57 @@ def test_a_result_is_json_and_its_picture_marks_the_walk(tmp_path):
 
 # ---- the program ---------------------------------------------------------------------------------
 
-def test_an_answer_counts_as_changed_as_the_metric_reads_it(monkeypatch):
+def test_an_answer_counts_as_changed_as_the_metric_reads_it():
     """"Yes." is Yes to a metric; where there is none, it is another text."""
-    answers = {"unpruned": "Yes", "none@3 seed 0": "Yes.", "none@2 seed 0": "no"}
-    monkeypatch.setattr(plan, "answer_cells", lambda *_: answers)
-    model = SimpleNamespace(begin=lambda image, prompt: SimpleNamespace(
-        N=4, x=np.zeros((1, 9, 1))))
-    schedules = schedules_of("none@3", "none@2")
+    answers = {"unpruned": "Yes", "none@3": "Yes.", "none@2": "no"}
+    stream = SimpleNamespace(N=4, x=np.zeros((1, 9, 1)))
 
-    def changed(gold, metric):
-        question = Question("1", ROOT, "?", gold, metric)
-        return plan.answer_question(model, question, None, schedules, 0, plan.Decoding())
-    assert changed(["no"], "yesno")["changed"] == ["none@2"]
-    assert changed(["no"], "yesno")["scores"] == {"unpruned": 0, "none@3": 0, "none@2": 1}
-    assert changed([], "")["changed"] == ["none@3", "none@2"]
-    assert not changed([], "")["gold"]
+    def record(gold, metric):
+        return plan.record_of(Question("1", ROOT, "?", gold, metric), answers, stream)
+    assert record(["no"], "yesno")["changed"] == ["none@2"]
+    assert record(["no"], "yesno")["scores"] == {"unpruned": 0, "none@3": 0, "none@2": 1}
+    assert record([], "")["changed"] == ["none@3", "none@2"]
+    assert not record([], "")["gold"] and record([], "")["text_rows"] == 5
+
+
+def test_an_answer_that_the_metric_cannot_read_is_compared_as_text():
+    stream = SimpleNamespace(N=4, x=np.zeros((1, 9, 1)))
+    answers = {"unpruned": "perhaps", "none@3": "perhaps", "none@2": "who knows"}
+    question = Question("1", ROOT, "?", ["Yes"], "yesno")
+    assert plan.record_of(question, answers, stream)["changed"] == ["none@2"]
+
+
+@pytest.fixture
+def small_search(monkeypatch):
+    """Two layers of two methods, so that the program runs in seconds."""
+    def two(L, horizon):
+        return schedules_of(f"grid@8:0.5 none@{min(horizon, L - 1)}", "divprune@20:0.5")
+    monkeypatch.setattr(plan, "coarse", two)
+    monkeypatch.setattr(plan, "narrow", lambda schedules, L: [])
+
+
+def test_the_program_plans_resumes_and_needs_no_gold_answer(run, tmp_path, small_search):
+    """On questions of one's own without answers and metric; the second run asks nothing anew."""
+    images = sorted((ROOT / "tiny" / "textvqa" / "train_images").iterdir())[:8]
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps({"id": i, "image": str(image), "question": "What is it?"})
+                            + "\n" for i, image in enumerate(images)))
+    flags = ["--bench", mine, "--loss", 0.6, "--max-new-tokens", 2]
+    printed, result = run(plan.main, *flags, out=tmp_path / "out")
+    [found] = result["plans"]
+    assert found["unpruned"] is None and found["benchmarks"] == ["mine.jsonl"]
+    assert found["chosen"] and found["chosen"]["test"][1] == 5
+    assert "With a confidence of 95%" in printed and "python bench.py" in printed
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("out/*/answers.jsonl")}
+    assert len(before) == 5 and (tmp_path / "out" / "plan.svg").exists()
+    _, again = run(plan.main, *flags, out=tmp_path / "out")
+    assert again["plans"] == result["plans"]
+
+
+def test_what_cannot_be_promised_is_said_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(plan.flags, "load_model", lambda args: pytest.fail("loaded"))
+    with pytest.raises(InputError, match="--loss 0.02: wants 149 images to test on"):
+        plan.main(["--loss", "0.02", "--bench", "mme", "--limit", "100"])
+    for flag in ("--loss", "--confidence"):
+        with pytest.raises(InputError, match="more than 0 and less than 1"):
+            plan.main([flag, "1"])

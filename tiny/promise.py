@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import plan                                                                     # noqa: E402
-from support import flags                                                       # noqa: E402
-from support.report import print_heads, print_row                               # noqa: E402
-from support.run import collect, open_folder, settings_of, start                # noqa: E402
-from support.statistics import at_most                                          # noqa: E402
+import plan
+from support import flags
+from support.report import print_heads, print_row
+from support.run import collect, open_folder, settings_of, start
+from support.statistics import at_most
 
 SPLITS = 200
 DRAWN = [(40, 120), (100, 300), (300, 1000), (1000, 3000)]      # searched, tested
@@ -26,7 +26,7 @@ DRAWN = [(40, 120), (100, 300), (300, 1000), (1000, 3000)]      # searched, test
 def main(argv: list[str]):
     p = flags.Parser("tiny/promise.py", "How well plan.py keeps its promise.")
     flags.add_answer_flags(flags.add_model_flags(p))
-    flags.add_data_flags(p)
+    flags.add_memory_flag(flags.add_data_flags(p))
     flags.add_output_flags(p)
     args = p.parse_args(argv)
     data = flags.load_data(args)
@@ -36,14 +36,18 @@ def main(argv: list[str]):
     print_heads(["benchmark", "loss", "questions", "promise broken", "cost", "nothing promised",
                  "without a test: broken", "cost", "cheapest that keeps it"])
     for name, known in data.items():
-        questions = list({question.image: question for question in known}.values())
+        asked = flags.sample(known, args.limit, args.seed)
+        questions = list({question.image: question for question in asked}.values())
         schedules = [((layer, "none", 0),) for layer in range(L)]
 
         def ask(more: list[tuple], stage: str) -> list[dict]:
+            cells = plan.cells_of(more, args.seed)
+
+            def work(questions, images):
+                return plan.answer_questions(model, questions, images, cells, flags.decoding(args))
             (out / stage).mkdir(exist_ok=True)
-            return collect(out / stage, name, questions, model,
-                           lambda question, image: plan.answer_question(
-                               model, question, image, more, args.seed, flags.decoding(args)))
+            at_once = flags.at_once(args, plan.most_variants(cells))
+            return collect(out / stage, name, questions, model, work, at_once)
         records = ask(schedules, "none")
         changed = plan.changed_in(records, schedules)
         horizon = plan.horizon_of(changed.mean(0), 0.1)
