@@ -327,9 +327,11 @@ def search(model, ask, loss: float, cost_of: str) -> tuple[int, list[dict], list
         walked = [i for i in walked if risk[i] <= HOPELESS * loss]
         more = [near for near in narrow([schedules[i] for i in walked], L)
                 if near not in schedules]
-    rows = [{"schedule": format_schedule(schedule), "flops": float(cost["flops"][i]),
-             "tokens": float(cost["tokens"][i]), "risk": float(risk[i]),
-             "search": [int(changed[:, i].sum()), len(changed)]} for i, schedule in enumerate(schedules)]
+    rows = []
+    for i, schedule in enumerate(schedules):
+        rows.append({"schedule": format_schedule(schedule), "flops": float(cost["flops"][i]),
+                     "tokens": float(cost["tokens"][i]), "risk": float(risk[i]),
+                     "search": [int(changed[:, i].sum()), len(changed)]})
     return horizon, rows, [rows[i] for i in walked]
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import plan
-from support import flags
-from support.report import print_heads, print_row
-from support.run import collect, open_folder, settings_of, start
-from support.statistics import at_most
+import plan  # noqa: E402
+from support import flags  # noqa: E402
+from support.report import print_heads, print_row  # noqa: E402
+from support.run import collect, open_folder, settings_of, start  # noqa: E402
+from support.statistics import at_most  # noqa: E402
 
 SPLITS = 200
 DRAWN = [(40, 120), (100, 300), (300, 1000), (1000, 3000)]      # searched, tested
