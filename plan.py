@@ -185,9 +185,9 @@ def record_of(question: Question, answers: dict[str, str], stream: Stream) -> di
     parse = METRICS.get(question.metric, str)
     read = {name: parse(answer) or answer for name, answer in answers.items()}
     scores = {"unpruned": 1.0}                          # its own target
-    if question.answers:
+    if question.gold:
         scores = {name: score(answer, question)[1] for name, answer in answers.items()}
-    return {"answers": answers, "scores": scores, "gold": bool(question.answers),
+    return {"answers": answers, "scores": scores, "gold": bool(question.gold),
             "changed": [name for name in answers if read[name] != read["unpruned"]],
             "visual_tokens": stream.N, "text_rows": stream.x.shape[1] - stream.N}
 
