@@ -36,6 +36,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -401,8 +402,8 @@ def cluster(x: Tensor, c: int) -> tuple[Tensor, Tensor]:
     centers = (density * separation).argsort(descending=True, stable=True)[:c]
     member = distance[:, centers].argmin(1)
     member[centers] = torch.arange(c, device=x.device)
-    means = torch.stack([x[member == i].mean(0) for i in range(c)])
-    return centers, means
+    belongs = (member == torch.arange(c, device=x.device)[:, None]).float()     # (c, t)
+    return centers, belongs @ x / belongs.sum(1, keepdim=True)
 
 
 def dart(view: View, n: int) -> Tensor:
@@ -442,17 +443,17 @@ def divprune(view: View, n: int) -> Tensor:
     A token is picked once; the authors' code picks duplicates again.
     """
     f = F.normalize(view.x_visual, dim=1)
-    distance = (1 - f @ f.T).cpu()                  # (V, V); each pick would wait for a GPU
-    nearest = distance.clone().fill_diagonal_(torch.inf).amin(1)
-    pick = nearest.argmax()
+    distance = (1 - f @ f.T).cpu().numpy()          # (V, V); each pick would wait for a GPU
+    nearest = (distance + np.diag(np.full(len(f), np.inf, np.float32))).min(1)
+    pick = nearest.argmax()                         # ties to the lowest index
     picked = [pick]
-    nearest = distance[pick].clone()
+    nearest = distance[pick].copy()
     while len(picked) < n:
-        nearest[pick] = -torch.inf
+        nearest[pick] = -np.inf
         pick = nearest.argmax()
         picked.append(pick)
-        nearest = torch.minimum(nearest, distance[pick])
-    return torch.stack(picked).sort().values
+        np.minimum(nearest, distance[pick], out=nearest)
+    return torch.tensor(sorted(picked))
 
 
 def scope(view: View, n: int) -> Tensor:

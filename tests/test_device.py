@@ -11,11 +11,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import information
-from tokprune import METHODS, Decoding, keep, prefill, prune
+from tokprune import METHODS, Decoding, keep, prefill, prune, together
 
 GPU = torch.device("cuda:0")
 CPU = torch.device("cpu")
 INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+WAITING = {torch.Tensor.cpu, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.nonzero,
+           torch.Tensor.__bool__, torch.Tensor.__index__}
 
 
 def on_gpu(value) -> bool:
@@ -23,7 +25,9 @@ def on_gpu(value) -> bool:
 
 
 class SimulatedGPU(TorchFunctionMode):
-    """Where a device is asked for, the CPU is given, and what is made there is labelled."""
+    """Where a device is asked for, the CPU is given, and what is made there is labelled. waits: how
+    often a value of the device was asked for."""
+    waits = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -31,6 +35,9 @@ class SimulatedGPU(TorchFunctionMode):
         if func == torch.Tensor.device.__get__:
             return GPU if on_gpu(args[0]) else CPU
         assert func is not torch.Tensor.numpy or not on_gpu(args[0]), "numpy of a GPU's tensor"
+        by_mask = func in INDEXING and any(getattr(leaf, "dtype", None) == torch.bool
+                                           for leaf in leaves[1:])
+        self.waits += on_gpu(args[0] if args else None) and (func in WAITING or by_mask)
         wanted = None
         for leaf in leaves:
             if isinstance(leaf, torch.device) or leaf == "cpu":
@@ -73,14 +80,13 @@ def model(request):
 def main_path(model):
     """Every kind of work that a run does, and what comes of it."""
     start = model.begin(images()["wide"], QUESTIONS[0])
-    reached = model.run(start, stop=1)
+    streams = [start, model.begin(images()["wide"], QUESTIONS[0])]
+    reached = model.run(together(streams), stop=1)
+    info = information.measure_beforehand(model, streams, {method: {1} for method in METHODS},
+                                          lambda method: ["Yes", "No"])
     found = []
     for method in METHODS:
-        info = None
-        if METHODS[method].measure:
-            measure = information.MEASURES[METHODS[method].measure].function
-            info = {method: measure(model, start, "Yes", [1])[1]}
-        pruned = model.run(prune(model, reached, [method, method], 3, [0, 1], info))
+        pruned = model.run(prune(model, reached, [method] * 4, 3, [0, 1, 2, 3], info[1]))
         found.append(model.decode(pruned, 2, 1.5))
     found.append(model.decode(prefill(model, start, [(1, "grid", 0.5), (2, "none", 0)]), 2))
     for mode in information.MODES:
@@ -96,6 +102,21 @@ def test_the_main_path_never_mixes_devices(model):
         assert model.begin(images()["wide"], QUESTIONS[0]).x.device == GPU
         found = main_path(model)
     assert found == main_path(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_selection_waits_for_the_device_no_more_often_for_more_tokens(model, method):
+    """Each of take_turns' picks, and each of SparseVLM's cluster means, waited for the device."""
+    with SimulatedGPU() as device:
+        start = model.begin(images()["wide"], QUESTIONS[0])
+        reached = model.run(start, stop=1)
+        info = information.measure_beforehand(model, [start], {method: {1}}, lambda _: ["Yes"])
+        waits = []
+        for n in (6, start.N - 2):
+            before = device.waits
+            prune(model, reached, method, n, 0, info.get(1))
+            waits.append(device.waits - before)
+    assert waits[0] == waits[1] <= 5
 
 
 @pytest.mark.parametrize("mistake", [
