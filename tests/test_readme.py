@@ -27,6 +27,7 @@ NOT_HERE = {
     "python tests/make_golden": "needs transformers",
     "python tiny/make.py": "trains for hours; test_tiny.py runs parts of it",
     "python bench.py --against transformers": "needs transformers",
+    "python bench.py --shape": "takes minutes at 7B width; test_bench.py runs small shapes",
     "huggingface-cli download": "needs the network",
     "hf download": "needs the network",
 }
@@ -95,7 +96,7 @@ def shortened(words: list[str], program: str) -> list[str]:
         replace_value(words, "--plot", "plot.svg")
     if program == "bench.py":
         replace_value(words, "--rounds", "1")
-        words.append("--smoke")
+        replace_value(words, "--layer", "22")
     if program in ("eval.py", "information.py"):
         replace_value(words, "--limit", "1")
     if program == "information.py" and value_after(words, "--layer") in (None, "all"):
