@@ -20,9 +20,6 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import model_llava
-import model_qwen
-import model_qwen3
 from eval import Cell, answer_cells
 from information import token_information, windows_of
 from support import checkpoint, flags, report
@@ -160,32 +157,16 @@ def extremes(rows: list[dict], key: str, digits: int) -> str:
 
 # ---- published shapes ----------------------------------------------------------------------------
 
-SHAPES = {
-    "llava-7b": (model_llava.Llava, model_llava.Config(
-        model_llava.TextConfig(vocab_size=32064, rms_norm_eps=1e-5), model_llava.VisionConfig())),
-    "qwen-7b": (model_qwen.Qwen, model_qwen.Config(
-        model_qwen.TextConfig(
-            vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-            num_attention_heads=28, num_key_value_heads=4, rms_norm_eps=1e-6,
-            mrope_section=(16, 24, 24)),
-        model_qwen.VisionConfig(
-            depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584,
-            patch_size=14, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]))),
-    "qwen3-8b": (model_qwen3.Qwen3, model_qwen3.Config(
-        model_qwen3.TextConfig(
-            vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
-            num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6,
-            rope_theta=5e6, mrope_section=(24, 20, 20)),
-        model_qwen3.VisionConfig(
-            depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, out_hidden_size=4096,
-            num_position_embeddings=2304, deepstack_visual_indexes=[8, 16, 24])))}
+SHAPES = {}                             # by name: class and config
+for module in checkpoint.MODELS.values():
+    SHAPES |= importlib.import_module(module).SHAPES
 
 
 def made_up(shape: str, depth: int, device, dtype):
     """Return a model of a published shape with `depth` decoder layers and random weights."""
     model_class, config = SHAPES[shape]
     tokenizer = word_tokenizer()
-    image = "<image>" if model_class is model_llava.Llava else "<|image_pad|>"
+    image = "<|image_pad|>" if hasattr(config, "max_pixels") else "<image>"     # Qwen's, LLaVA's
     config = replace(config, text=replace(config.text, num_hidden_layers=depth),
                      image_token=tokenizer.token_to_id(image))
     device, dtype = checkpoint.device_and_dtype(device, dtype)

@@ -425,6 +425,11 @@ def read_config(path: Path) -> Config:
     return config
 
 
+# a published shape: for timing without its weights
+SHAPES = {"llava-7b": (Llava, Config(TextConfig(vocab_size=32064, rms_norm_eps=1e-5),
+                                     VisionConfig()))}
+
+
 # ---- loading -------------------------------------------------------------------------------------
 
 # every layout that transformers 4 and 5 have written -> one set of names

@@ -489,6 +489,16 @@ def read_config(path: Path, min_pixels: int | None = None,
     return config
 
 
+# a published shape: for timing without its weights
+SHAPES = {"qwen-7b": (Qwen, Config(
+    TextConfig(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+               num_attention_heads=28, num_key_value_heads=4, rms_norm_eps=1e-6,
+               mrope_section=(16, 24, 24)),
+    VisionConfig(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
+                 out_hidden_size=3584, patch_size=14, window_size=112,
+                 fullatt_block_indexes=[7, 15, 23, 31])))}
+
+
 # ---- loading -------------------------------------------------------------------------------------
 
 # from what transformers 4 and 5 hold in memory -> the published names

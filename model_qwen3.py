@@ -513,6 +513,16 @@ def read_config(path: Path, min_pixels: int | None = None,
     return config
 
 
+# a published shape: for timing without its weights
+SHAPES = {"qwen3-8b": (Qwen3, Config(
+    TextConfig(vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+               num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6,
+               rope_theta=5e6, mrope_section=(24, 20, 20)),
+    VisionConfig(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16,
+                 out_hidden_size=4096, num_position_embeddings=2304,
+                 deepstack_visual_indexes=[8, 16, 24])))}
+
+
 # ---- loading -------------------------------------------------------------------------------------
 
 # the published names, and what transformers holds in memory -> the names here
