@@ -341,10 +341,11 @@ def horizon(curve, full: float, tolerance: float = 0.01) -> int:
     """Find the first layer from which on dropping every visual token never costs more than `tolerance`
     of the full score, the unpruned model's. The paper gives no rule; this one is ours.
 
-    curve: the score with all dropped at the input of layer 0, 1, ... -> len(curve) if none.
+    curve: the score with all dropped at the input of layer 0, 1, ... -> len(curve) if none, which
+    is also so where the full score is 0: nothing can be lost.
     """
     layer = len(curve)
-    while layer > 0 and curve[layer - 1] >= full - tolerance * full:
+    while full > 0 and layer > 0 and curve[layer - 1] >= full - tolerance * full:
         layer -= 1
     return layer
 
@@ -433,8 +434,8 @@ def answer_to_measure(question, answers: str, target: str, own: str) -> str:
     if answers == "own" and own:
         return own
     if not question.gold:
-        raise InputError(f"question {question.id}: the model's own answer is empty, and it has no "
-                         "gold one; there is nothing to measure")
+        raise InputError("the model's own answer is empty, and the question has no gold one; there "
+                         "is nothing to measure")
     return question.gold_for(target)
 
 

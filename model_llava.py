@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from support import checkpoint
 from support.image import CLIP_MEAN, CLIP_STD, normalize
-from tokprune import KV, InputError, Stream, decode
+from tokprune import KV, InputError, Stream, decode, finite
 
+IMAGE = "<image>"                       # stands for the image, once in a prompt
 # vicuna_v1, the conversation of LLaVA's own evaluation, which has no repetition penalty; no space
 # after the last colon
 PROMPT = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
@@ -64,7 +65,7 @@ class Llava(nn.Module):
         ids = self.tokenizer.encode(PROMPT.format(question=question)).ids
         places = [i for i, token in enumerate(ids) if token == self.config.image_token]
         if len(places) != 1:
-            raise InputError(f"prompt holds {len(places)} <image> tokens (id "
+            raise InputError(f"prompt holds {len(places)} {IMAGE} tokens (id "
                              f"{self.config.image_token}), want 1: {question!r}")
         return ids, places[0]
 
@@ -72,8 +73,10 @@ class Llava(nn.Module):
         """Return the shape of a prompt about an image of that width and height: its rows, the first
         visual one, and the grid of visual tokens. Raises InputError."""
         ids, start = self.tokenize(question)
-        side = self.config.vision.image_size // self.config.vision.patch_size
-        return len(ids) - 1 + side * side, start, (side, side)
+        side = self.config.side
+        rows = len(ids) - 1 + side * side
+        checkpoint.check_length(rows, self.config)
+        return rows, start, (side, side)
 
     @torch.inference_mode()
     def begin(self, image: Image.Image | Tensor, question: str) -> Stream:
@@ -86,11 +89,12 @@ class Llava(nn.Module):
         features = self.multi_modal_projector(features)[0]                      # (V, C)
         ids, start = self.tokenize(question)
         V = len(features)
+        checkpoint.check_length(len(ids) - 1 + V, self.config)
         ids = torch.tensor(ids[:start] + V * [ids[start]] + ids[start + 1:], device=device)
         x = embed(ids)                                                          # (T, C)
         x[start:start + V] = features
         T = len(x)
-        side = self.config.vision.image_size // self.config.vision.patch_size
+        side = self.config.side
         return Stream(layer=0, x=x[None], pos=torch.arange(T, device=device)[None], next_pos=T,
                       visual=(start, V), origin=torch.arange(V, device=device)[None], N=V,
                       grid=(side, side), cache=[None] * self.num_layers, queries=None,
@@ -128,10 +132,11 @@ class Llava(nn.Module):
     @torch.inference_mode()
     def logits(self, stream: Stream, row: int = -1) -> Tensor:
         """Return (B, vocab) float32, of the token after that row of a stream past the last layer.
-        """
+        Raises InputError where they are not finite."""
         assert stream.layer == self.num_layers, \
             f"stream is at layer {stream.layer}, want {self.num_layers}"
-        return self.lm_head(self.final_norm(stream.x[:, row])).float()
+        logits = self.lm_head(self.final_norm(stream.x[:, row])).float()
+        return finite(logits, "logits", stream.x.dtype)
 
     decode = decode                     # tokprune's, the same for every model
 
@@ -365,7 +370,7 @@ class TextConfig:
     head_dim: int = 0                   # 0: hidden_size / heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e4
-    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -381,7 +386,6 @@ class VisionConfig:
     image_size: int = 336
     patch_size: int = 14
     layer_norm_eps: float = 1e-5
-    hidden_act: str = "quick_gelu"
 
 
 @dataclass
@@ -393,6 +397,11 @@ class Config:
     vision_feature_layer: int = -2
 
     @property
+    def side(self) -> int:
+        """Return how many visual tokens lie side by side."""
+        return self.vision.image_size // self.vision.patch_size
+
+    @property
     def vision_blocks(self) -> int:
         """Return how many CLIP blocks run: hidden state 0 lies before the first, so -2 of 24 is 23.
         """
@@ -400,23 +409,51 @@ class Config:
         return layer if layer >= 0 else self.vision.num_hidden_layers + 1 + layer
 
 
+# what a folder may ask for, and what is implemented of it
+RULES = [("config.json", "text_config.model_type", "llama", "mistral"),
+         ("config.json", "text_config.hidden_act", "silu"),
+         ("config.json", "vision_config.model_type", "clip_vision_model"),
+         ("config.json", "vision_config.hidden_act", "quick_gelu"),
+         ("config.json", "projector_hidden_act", "gelu"),
+         ("config.json", "vision_feature_select_strategy", "default"),
+         ("processor_config.json", "image_token", IMAGE),
+         ("tokenizer_config.json", "add_bos_token", True),
+         ("tokenizer_config.json", "add_eos_token", False)]
+# where transformers' defaults are not LLaMA's
+MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+           "sliding_window": 4096}
+
+
 def read_config(path: Path) -> Config:
     """Read config.json of a LLaVA-1.5 folder, in any form transformers has written it. Raises
     InputError."""
     raw = checkpoint.read_entries(path, "llava")
+    checkpoint.check_entries(path, RULES)
+    checkpoint.check_template(path, PROMPT)
     file = path / "config.json"
     text = checkpoint.with_rope(checkpoint.section(raw, "text_config", file), path)
+    if text.get("model_type") == "mistral":
+        text = MISTRAL | text
     vision = checkpoint.section(raw, "vision_config", file)
     config = Config(text=checkpoint.fill(TextConfig, text, path),
                     vision=checkpoint.fill(VisionConfig, vision, path),
                     image_token=raw.get("image_token_index", raw.get("image_token_id", 32000)),
                     tie_word_embeddings=checkpoint.is_tied(raw, text),
                     vision_feature_layer=raw.get("vision_feature_layer", -2))
-    strategy = raw.get("vision_feature_select_strategy", "default")
-    checkpoint.check_values(path, [
-        ("text hidden_act", config.text.hidden_act, "silu"),
-        ("vision hidden_act", config.vision.hidden_act, "quick_gelu"),
-        ("vision_feature_select_strategy", strategy, "default")])
+    side = config.vision.image_size
+    square = {"height": side, "width": side}
+    checkpoint.check_entries(path, checkpoint.processor_rules(
+        CLIP_MEAN, CLIP_STD, size=(side, square, {"shortest_edge": side}),
+        crop_size=(side, square)))
+    window = text.get("sliding_window")
+    if text.get("model_type") == "mistral" and window is not None:
+        checkpoint.check_entry("sliding_window", window, int, path)
+        # no prompt may reach past it: the attention here has no window
+        limit = min(window, config.text.max_position_embeddings)
+        config.text.max_position_embeddings = limit
+        if limit <= config.side ** 2:
+            raise InputError(f"{file}: text_config.sliding_window is {window}, and an image alone "
+                             f"has {config.side ** 2} tokens; want a window that no prompt fills")
     layer = config.vision_feature_layer
     blocks = config.vision.num_hidden_layers
     if type(layer) is not int or not 1 <= config.vision_blocks <= blocks:
@@ -452,4 +489,5 @@ def load(path, device=None, dtype=None) -> Llava:
     ignored = IGNORED
     for block in range(config.vision_blocks, config.vision.num_hidden_layers):  # never built
         ignored += rf"|vision_tower\.encoder\.layers\.{block}\."
-    return checkpoint.load(Llava, config, path, device, dtype, RENAMES, ignored, EOS)
+    return checkpoint.load(Llava, config, path, device, dtype, RENAMES, ignored, EOS, IMAGE,
+                           first="<s>")

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from support import checkpoint
 from support.image import (CLIP_MEAN, CLIP_STD, by_token, normalize, on_white, patchify,
                            smart_resize)
-from tokprune import KV, InputError, Stream, decode
+from tokprune import KV, InputError, Stream, decode, finite
 
+IMAGE = "<|image_pad|>"                 # stands for the image, once in a prompt
 # the chat template of the checkpoint for one user turn: image first, no BOS, ends with a newline;
 # the published generation_config.json has a repetition penalty of 1.05
 PROMPT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -69,7 +70,7 @@ class Qwen(nn.Module):
         ids = self.tokenizer.encode(PROMPT.format(question=question)).ids
         places = [i for i, token in enumerate(ids) if token == self.config.image_token]
         if len(places) != 1:
-            raise InputError(f"prompt holds {len(places)} <|image_pad|> tokens (id "
+            raise InputError(f"prompt holds {len(places)} {IMAGE} tokens (id "
                              f"{self.config.image_token}), want 1: {question!r}")
         return ids, places[0]
 
@@ -80,7 +81,9 @@ class Qwen(nn.Module):
         c = self.config
         height, width = smart_resize(size[1], size[0], c.factor, c.min_pixels, c.max_pixels)
         grid = height // c.factor, width // c.factor
-        return len(ids) - 1 + grid[0] * grid[1], start, grid
+        rows = len(ids) - 1 + grid[0] * grid[1]
+        checkpoint.check_length(rows, c)
+        return rows, start, grid
 
     @torch.inference_mode()
     def begin(self, image: Image.Image | tuple, question: str) -> Stream:
@@ -92,6 +95,7 @@ class Qwen(nn.Module):
         features, saliency = self.visual(pixels[None].to(device, embed.weight.dtype), grid)
         ids, start = self.tokenize(question)
         V = features.shape[1]                                                   # (1, V, C)
+        checkpoint.check_length(len(ids) - 1 + V, self.config)
         ids = torch.tensor(ids[:start] + V * [ids[start]] + ids[start + 1:], device=device)
         x = embed(ids)                                                          # (T, C)
         x[start:start + V] = features[0]
@@ -139,10 +143,11 @@ class Qwen(nn.Module):
     @torch.inference_mode()
     def logits(self, stream: Stream, row: int = -1) -> Tensor:
         """Return (B, vocab) float32, of the token after that row of a stream past the last layer.
-        """
+        Raises InputError where they are not finite."""
         assert stream.layer == self.num_layers, \
             f"stream is at layer {stream.layer}, want {self.num_layers}"
-        return self.lm_head(self.final_norm(stream.x[:, row])).float()
+        logits = self.lm_head(self.final_norm(stream.x[:, row])).float()
+        return finite(logits, "logits", stream.x.dtype)
 
     decode = decode                     # tokprune's, the same for every model
 
@@ -416,9 +421,6 @@ class Merger(nn.Module):
 
 # ---- configuration -------------------------------------------------------------------------------
 
-PIXEL_BOUNDS = (56 * 56, 16384 * 28 * 28)       # of a resized image where the checkpoint has none
-
-
 @dataclass
 class TextConfig:
     """No defaults for what differs between sizes: transformers' defaults are the 72B's."""
@@ -430,8 +432,8 @@ class TextConfig:
     num_key_value_heads: int
     rms_norm_eps: float
     mrope_section: tuple                # how many of the D/2 frequencies turn with t, row, column
-    use_sliding_window: bool = False
     rope_theta: float = 1e6
+    max_position_embeddings: int = 32768
 
     @property
     def head_dim(self) -> int:
@@ -458,13 +460,25 @@ class Config:
     vision: VisionConfig
     image_token: int = 151655
     tie_word_embeddings: bool = False
-    min_pixels: int = PIXEL_BOUNDS[0]
-    max_pixels: int = PIXEL_BOUNDS[1]
+    min_pixels: int = 56 * 56
+    max_pixels: int = 1280 * 28 * 28
+    bounds_from: str = ""               # where they stand
 
     @property
     def factor(self) -> int:
         """Return the side of a visual token in pixels: resized images are multiples of it."""
         return self.vision.patch_size * self.vision.spatial_merge_size
+
+
+# what a folder may ask for, and what is implemented of it
+RULES = [("config.json", "text_config.hidden_act", "silu"),
+         ("config.json", "hidden_act", "silu"),
+         ("config.json", "text_config.use_sliding_window", False),
+         ("config.json", "use_sliding_window", False),
+         ("config.json", "vision_config.hidden_act", "silu"),
+         ("processor_config.json", "image_token", IMAGE),
+         ("tokenizer_config.json", "add_bos_token", False),
+         ("tokenizer_config.json", "add_eos_token", False)]
 
 
 def read_config(path: Path, min_pixels: int | None = None,
@@ -474,18 +488,21 @@ def read_config(path: Path, min_pixels: int | None = None,
     min_pixels, max_pixels: instead of the folder's. Raises InputError.
     """
     raw = checkpoint.read_entries(path, "qwen2_5_vl")
+    checkpoint.check_entries(path, RULES)
+    checkpoint.check_template(path, PROMPT)
     file = path / "config.json"
     text = checkpoint.section(raw, "text_config", file) or raw      # published: at the root
     text = checkpoint.with_rope(text, path)
     vision = checkpoint.section(raw, "vision_config", file)
-    low, high = checkpoint.read_bounds(path, PIXEL_BOUNDS, (min_pixels, max_pixels))
+    bounds = checkpoint.read_bounds(path, min_pixels=min_pixels, max_pixels=max_pixels)
     config = Config(text=checkpoint.fill(TextConfig, text, path),
                     vision=checkpoint.fill(VisionConfig, vision, path),
                     image_token=raw.get("image_token_id", 151655),
-                    tie_word_embeddings=checkpoint.is_tied(raw, text),
-                    min_pixels=low, max_pixels=high)
-    sliding = config.text.use_sliding_window
-    checkpoint.check_values(path, [("use_sliding_window", sliding, False)])
+                    tie_word_embeddings=checkpoint.is_tied(raw, text), **bounds)
+    c = config.vision
+    checkpoint.check_entries(path, checkpoint.processor_rules(
+        CLIP_MEAN, CLIP_STD, patch_size=c.patch_size, merge_size=c.spatial_merge_size,
+        temporal_patch_size=c.temporal_patch_size))
     return config
 
 
@@ -517,4 +534,4 @@ def load(path, device=None, dtype=None, min_pixels: int | None = None,
     Raises InputError.
     """
     config = read_config(Path(path), min_pixels, max_pixels)
-    return checkpoint.load(Qwen, config, path, device, dtype, RENAMES, IGNORED, EOS)
+    return checkpoint.load(Qwen, config, path, device, dtype, RENAMES, IGNORED, EOS, IMAGE)

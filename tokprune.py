@@ -46,6 +46,15 @@ class InputError(ValueError):
     """The input cannot be used. The message is the one line to show."""
 
 
+def finite(values: Tensor, what: str, dtype) -> Tensor:
+    """Return the values. Raises InputError where one of them is infinite or not a number, which a
+    model in that precision has made of its input."""
+    if not values.isfinite().all():
+        wider = "bfloat16" if dtype == torch.float16 else "float32, or sound weights"
+        raise InputError(f"{what} are not finite in {str(dtype)[6:]}; want {wider}")
+    return values
+
+
 # ---- the stream ----------------------------------------------------------------------------------
 
 @dataclass
@@ -158,11 +167,14 @@ def choose(view: "View", method: str, n: int) -> tuple[Tensor, Tensor | None]:
     if n == 0 or n >= V or chosen.keeps_none:
         return torch.arange(0 if chosen.keeps_none else min(n, V)), None
     check_method(method, view.layer)
+    finite(view.x, f"hidden states at layer {view.layer}", view.x.dtype)
     assert view.keys is not None or not chosen.needs_layer, \
         f"{method} needs a layer run since rows last left"
     if chosen.measure and view.info is None:
         raise InputError(f"{method} needs its {chosen.measure} measured beforehand, which `prune` "
                          "takes as info; see information.MEASURES")
+    if view.info is not None:
+        finite(view.info, f"{method}'s measured values", view.x.dtype)
     if chosen.merges:
         idx, rows = chosen(view, n)
     else:

@@ -3,17 +3,20 @@ shards. It is read strictly, or refused in one line, for every model file.
 """
 import importlib
 import inspect
+import os
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from support.files import read_json
+from support.files import read_json, read_text
+from support.image import CLIP_MEAN, CLIP_STD
 from tokprune import InputError
 
 # config.json's model_type -> the file that implements it; nothing else knows which models exist
@@ -31,11 +34,12 @@ REFUSED = {
 
 
 def load_model(path: Path, device=None, dtype=None, **bounds):
-    """Return the model of a folder, by the file that implements it.
+    """Return the model of a folder, or of a name in the Hugging Face cache, by the file that
+    implements it.
 
     bounds: min_pixels and max_pixels, for a model that has them. Raises InputError.
     """
-    path = Path(path)
+    path = find_folder(path)
     module = module_of(path)
     for name in bounds:
         if name not in inspect.signature(module.load).parameters:
@@ -47,7 +51,7 @@ def load_model(path: Path, device=None, dtype=None, **bounds):
 
 def read_config(path: Path):
     """Return the model's configuration only, without its weights. Raises InputError."""
-    path = Path(path)
+    path = find_folder(path)
     return module_of(path).read_config(path)
 
 
@@ -56,16 +60,19 @@ def module_of(path: Path):
     return importlib.import_module(MODELS[read_entries(path)["model_type"]])
 
 
-def load(model_class, config, path, device, dtype, renames: list, ignored: str, eos: list[int]):
+def load(model_class, config, path, device, dtype, renames: list, ignored: str, eos: list[int],
+         image: str, first: str | None = None):
     """Return the model of a folder, its weights on the device, ready to run.
 
     device: CUDA if there is one, else the CPU. dtype: bfloat16 on CUDA, float32 on the CPU.
     renames, ignored: see `load_weights`. eos: where the folder does not say what ends an answer.
-    Raises InputError.
+    image: the token that stands for the image. first: the token before every prompt. Raises
+    InputError.
     """
     path = Path(path)
     device, dtype = device_and_dtype(device, dtype)
-    model = empty(model_class, config, read_tokenizer(path), read_eos(path, eos))
+    tokenizer = read_tokenizer(path, config.image_token, image, first)
+    model = empty(model_class, config, tokenizer, read_eos(path, eos))
     load_weights(model, path, device, dtype, renames, ignored, config.tie_word_embeddings)
     return model.eval().requires_grad_(False)
 
@@ -88,6 +95,148 @@ def device_and_dtype(device, dtype) -> tuple:
     return device, dtype
 
 
+# ---- the folder ----------------------------------------------------------------------------------
+
+def find_folder(path: Path) -> Path:
+    """Return the folder itself, or the snapshot of it in the Hugging Face cache: for a name as
+    llava-hf/llava-1.5-7b-hf that is no folder here, and for a path to models--org--name. Nothing
+    is ever downloaded. Raises InputError.
+    """
+    path = Path(path)
+    repository = path
+    where = ""
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
+        cache, variable = hugging_face_cache()
+        repository = cache / f"models--{path.parent.name}--{path.name}"
+        where = f" here or in the cache {cache} ({variable}), {how_to_download(repository)}"
+    if not repository.is_dir():
+        raise InputError(f"{path}: no such folder{where}; want a checkpoint folder with "
+                         "config.json and *.safetensors")
+    if not repository.name.startswith("models--") or (repository / "config.json").exists():
+        return repository
+    snapshots = sorted(repository.glob("snapshots/[!.]*/"))
+    main = repository / "refs" / "main"
+    if main.exists():
+        wanted = repository / "snapshots" / read_text(main).strip()
+        snapshots = [wanted] if wanted in snapshots else snapshots
+    if len(snapshots) != 1:
+        names = ", ".join(snapshot.name for snapshot in snapshots) or "none"
+        raise InputError(f"{repository}: want one snapshot, or one that refs/main names; found "
+                         f"{names}; give the path of one, or {how_to_download(repository)}")
+    return snapshots[0]
+
+
+def hugging_face_cache() -> tuple[Path, str]:
+    """Return the cache of huggingface_hub, and the variable that decides where it is."""
+    for name, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"),
+                        ("XDG_CACHE_HOME", "huggingface/hub")):
+        if os.environ.get(name):
+            return Path(os.path.expandvars(os.environ[name])).expanduser() / below, f"by {name}"
+    return Path.home() / ".cache/huggingface/hub", "HF_HOME is not set"
+
+
+def how_to_download(path: Path) -> str:
+    """Return the command that downloads a repository of the cache, or the rest of a snapshot; ""
+    for any other folder."""
+    for folder in (path, *path.parents[1:2]):
+        if folder.name.startswith("models--"):
+            name = folder.name.removeprefix("models--").replace("--", "/")
+            return f"`hf download {name}` downloads it"
+    return ""
+
+
+def is_there(file: Path) -> bool:
+    """Tell whether a folder has that file. Raises InputError if it is a link to one that is gone.
+    """
+    if file.is_symlink() and not file.exists():
+        raise InputError(f"{file}: a link to a file that is gone; want it again "
+                         f"{how_to_download(file.parent)}".rstrip())
+    return file.exists()
+
+
+def entries_of(path: Path, name: str) -> tuple[Path, dict]:
+    """Return a file of a folder and its entries, without those that are null; none if it is not
+    there. Raises InputError.
+
+    preprocessor_config.json may be nested in processor_config.json, which then counts, as in
+    transformers; of an entry that it lacks, transformers takes CLIP's mean and std.
+    """
+    file = path / name
+    found = read_json(file) if is_there(file) else {}
+    if name == "preprocessor_config.json":
+        nested, of_processor = entries_of(path, "processor_config.json")
+        if "image_processor" in of_processor:
+            file = nested
+            found = section(of_processor, "image_processor", file)
+        if found:
+            found = {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)} | found
+    return file, {entry: value for entry, value in found.items() if value is not None}
+
+
+def check_entries(path: Path, rules: list[tuple]):
+    """Raise InputError where a folder asks for what is not implemented: a rule is a file, an entry
+    ("text_config.hidden_act") and its values that are. An entry that is not there asks nothing."""
+    for name, entry, *values in rules:
+        file, found = entries_of(path, name)
+        for part in entry.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if found is not None and found not in values:
+            raise InputError(f"{file}: {entry} is {found!r}, want "
+                             f"{' or '.join(map(repr, values))}; nothing else is implemented")
+
+
+# of any image processor
+PROCESSOR = [("preprocessor_config.json", *rule) for rule in (
+    ("rescale_factor", 1 / 255), ("resample", Image.BICUBIC), ("do_resize", True),
+    ("do_rescale", True), ("do_normalize", True), ("do_convert_rgb", True))]
+
+
+def processor_rules(mean: tuple, std: tuple, **entries) -> list[tuple]:
+    """Return the rules of an image processor with that mean, std and other entries."""
+    own = {"image_mean": list(mean), "image_std": list(std)} | entries
+    rules = list(PROCESSOR)
+    for entry, value in own.items():
+        values = value if isinstance(value, tuple) else (value,)
+        rules.append(("preprocessor_config.json", entry, *values))
+    return rules
+
+
+def check_template(path: Path, prompt: str):
+    """Raise InputError where the folder's chat template opens an answer, or a conversation, with
+    other words than the prompt: it is of a model that thinks first, or of another language model.
+    """
+    template = None
+    # transformers' order
+    for name in ("processor_config.json", "chat_template.json", "chat_template.jinja",
+                 "tokenizer_config.json"):
+        if template is None and is_there(path / name):
+            file = path / name
+            template = (read_text(file) if file.suffix == ".jinja"
+                        else read_json(file).get("chat_template"))
+    if template is None:
+        return
+    opens = re.findall(r"add_generation_prompt.*?%\}(.*?)\{%-?\s*endif", str(template), re.S)
+    opened = re.sub(r"\{\{-?|-?\}\}|['\"]", "", opens[-1] if opens else "").strip()
+    opened = opened.replace("\\n", "\n").strip()
+    want = prompt.split("{question}")[1].removeprefix("<|im_end|>").strip()
+    if opened != want:
+        raise InputError(f"{file}: the chat template opens an answer with {opened!r}, want "
+                         f"{want!r}; no model that thinks first, and none with another template, "
+                         "is implemented")
+    system = r"<\|im_start\|>system(?:\n|\\n)([^{<'\"]+)<\|im_end\|>"
+    said, wanted = (sorted(set(re.findall(system, text))) for text in (str(template), prompt))
+    if said != wanted:
+        raise InputError(f"{file}: the chat template's system turn is {said}, want {wanted}")
+
+
+def check_length(rows: int, config):
+    """Raise InputError if a prompt has more rows than the model has positions."""
+    limit = config.text.max_position_embeddings
+    if rows > limit:
+        raise InputError(f"prompt has {rows} tokens, longer than the {limit} that the model takes "
+                         "(max_position_embeddings in config.json)")
+
+
 # ---- config.json ---------------------------------------------------------------------------------
 
 def read_entries(path: Path, want: str | None = None) -> dict:
@@ -98,8 +247,16 @@ def read_entries(path: Path, want: str | None = None) -> dict:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; want a checkpoint folder with config.json and "
                          "*.safetensors")
-    file = path / "config.json"
-    raw = {name: value for name, value in read_json(file).items() if value is not None}
+    file, adapter = entries_of(path, "adapter_config.json")
+    if adapter:
+        raise InputError(f"{file}: an adapter of {adapter.get('base_model_name_or_path')}; want it "
+                         "merged into that model (peft: merge_and_unload), in a folder without "
+                         "this file")
+    file, raw = entries_of(path, "config.json")
+    if not file.exists():
+        raise InputError(f"{file}: not found; want a checkpoint folder {how_to_download(path)}"
+                         .rstrip())
+    check_not_quantized(path, raw)
     kind = str(raw.get("model_type"))
     if "mm_vision_tower" in raw:        # early files in the original layout say "llava", too
         kind = "llava_llama"
@@ -168,12 +325,21 @@ def check_entry(name: str, value, kind: type, path: Path):
         raise InputError(f"{path}/config.json: {name} is {value!r}, want {want}")
 
 
-def check_values(path: Path, rules: list[tuple]):
-    """Raise InputError if a rule is broken: (name, value, the one value that is implemented)."""
-    for name, value, want in rules:
-        if value != want:
-            raise InputError(f"{path}/config.json: {name} is {value!r}, want {want!r}; nothing "
-                             "else is implemented")
+def check_not_quantized(path: Path, raw: dict):
+    """Raise InputError, which names the method, if the weights are not plain numbers."""
+    said = {"quantize_config.json": entries_of(path, "quantize_config.json")[1],
+            "hf_quant_config.json": entries_of(path, "hf_quant_config.json")[1]}
+    for part in (raw, *raw.values()):
+        if isinstance(part, dict):
+            said |= {name: part[name] for name in ("quantization_config", "compression_config")
+                     if name in part}
+    for name, how in said.items():
+        if how:
+            method = "an unnamed method"
+            if isinstance(how, dict):
+                method = how.get("quant_method") or next(iter(how))
+            raise InputError(f"{path}: quantized by {method} ({name}); want the original weights, "
+                             "in bfloat16, float16 or float32")
 
 
 def is_tied(raw: dict, text: dict) -> bool:
@@ -182,48 +348,53 @@ def is_tied(raw: dict, text: dict) -> bool:
     return bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
 
 
-def read_bounds(path: Path, default: tuple[int, int], given: tuple = (None, None)) -> tuple:
-    """Return the least and the largest area of a resized image, in pixels: the given bound, or the
-    folder's, or the default.
+# ours to follow, in any of the forms in use; transformers' own where a folder has none
+BOUNDS = {"min_pixels": ("shortest_edge", 56 * 56), "max_pixels": ("longest_edge", 1280 * 28 * 28)}
 
-    A folder has them in preprocessor_config.json or, nested, in processor_config.json: under their
-    own names or, as transformers 5 saves them, as size. Raises InputError.
+
+def read_bounds(path: Path, **given: int | None) -> dict:
+    """Return the least and the largest area of a resized image, min_pixels and max_pixels, and
+    bounds_from, which says where they come from: given, the folder or transformers' default.
+
+    A folder has them under their own names or, as transformers 5 saves them, in size. Raises
+    InputError.
     """
-    file = path / "preprocessor_config.json"
-    raw = {}
-    if file.exists():
-        raw = read_json(file)
-    elif (path / "processor_config.json").exists():
-        file = path / "processor_config.json"
-        raw = section(read_json(file), "image_processor", file)
+    file, raw = entries_of(path, "preprocessor_config.json")
     size = section(raw, "size", file)
-    names = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
-    bounds = []
-    for (name, of_size), of_model, wanted in zip(names, default, given):
-        value = of_model
-        for found in (size.get(of_size), raw.get(name)):
-            if found is not None:
-                value = found
+    unknown = size.keys() - {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}
+    if unknown:
+        raise InputError(f"{file}: size has {', '.join(sorted(unknown))}, want shortest_edge and "
+                         "longest_edge, in pixels of area; nothing else is implemented")
+    bounds = {}
+    sources = []
+    for name, (of_size, default) in BOUNDS.items():
+        found = [raw.get(name), size.get(of_size), size.get(name), default]
+        value = next(value for value in found if value is not None)
         if type(value) is not int or value < 1:
             raise InputError(f"{file}: {name} is {value!r}, want a whole number above 0")
-        bounds.append(value if wanted is None else wanted)
-    low, high = bounds
-    if low > high:
-        raise InputError(f"{path}: min_pixels is {low}, max_pixels {high}; want min_pixels <= "
-                         "max_pixels")
-    return low, high
+        source = "transformers' default" if found[:3] == [None] * 3 else file.name
+        if given.get(name) is not None:
+            value = given[name]
+            source = "as given"
+        bounds[name] = value
+        sources.append(source)
+    if bounds["min_pixels"] > bounds["max_pixels"]:
+        raise InputError(f"{path}: min_pixels is {bounds['min_pixels']}, max_pixels "
+                         f"{bounds['max_pixels']}; want min_pixels <= max_pixels")
+    return bounds | {"bounds_from": ", ".join(dict.fromkeys(sources))}
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer of a folder. Raises InputError.
+def read_tokenizer(path: Path, image_token: int, image: str, first: str | None) -> Tokenizer:
+    """Return the tokenizer of a folder. Raises InputError, also if it has another id for the image
+    than config.json, or puts other tokens around a text than the first one before it.
 
     A truncation or padding that training has left in tokenizer.json is switched off, since it would
     cut a prompt in silence.
     """
     file = path / "tokenizer.json"
-    if not file.exists():
+    if not is_there(file):
         raise InputError(f"{file}: not found; want the tokenizer as this one file, tokenizer.model "
                          "or vocab.json and merges.txt are not read")
     try:
@@ -232,18 +403,29 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"{file}: not a valid tokenizer ({e})")
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    found = tokenizer.token_to_id(image)
+    if type(image_token) is not int or image_token != found:
+        raise InputError(f"{path}: the id of {image} is {image_token!r} in config.json, {found!r} "
+                         "in tokenizer.json; want the same")
+    bare = tokenizer.encode("a", add_special_tokens=False).tokens
+    tokens = tokenizer.encode("a").tokens
+    if tokens != ([first] if first else []) + bare:
+        raise InputError(f"{file}: encodes a text {bare} as {tokens}; want "
+                         f"{first + ' before it, and ' if first else ''}nothing else added")
     return tokenizer
 
 
 def read_eos(path: Path, default: list[int]) -> set[int]:
-    """Return the ids that end an answer, of generation_config.json; the default where that file or
-    its entry is missing or null. Raises InputError."""
-    file = path / "generation_config.json"
-    ids = None
-    if file.exists():
-        ids = read_json(file).get("eos_token_id")
-    if ids is None:
-        ids = default
+    """Return the ids that end an answer: of generation_config.json, else of config.json, else of
+    its text_config, else the default. Raises InputError."""
+    file, generation = entries_of(path, "generation_config.json")
+    of_config, raw = entries_of(path, "config.json")
+    ids = default
+    for of_file, entries in ((of_config, section(raw, "text_config", of_config)),
+                             (of_config, raw), (file, generation)):
+        if entries.get("eos_token_id") is not None:
+            file = of_file
+            ids = entries["eos_token_id"]
     if not isinstance(ids, list):
         ids = [ids]
     if not ids or not all(type(token) is int for token in ids):
@@ -308,7 +490,11 @@ def load_weights(model, path: Path, device, dtype, renames: list, ignored: str, 
 
 
 def check_shape(tensor, parameter, key: str, shard: Path):
-    """Raise InputError if the tensor of a file has another shape than the model's."""
+    """Raise InputError if the tensor of a file has another shape than the model's, or holds whole
+    numbers or those of 8 bits, which a scale elsewhere belongs to."""
+    if tensor.element_size() < 2 or not tensor.is_floating_point():
+        raise InputError(f"{shard}: {key} is {str(tensor.dtype)[6:]}, quantized; want bfloat16, "
+                         "float16 or float32")
     if tensor.shape != parameter.shape:
         raise InputError(f"{shard}: {key} is {list(tensor.shape)}, config.json wants "
                          f"{list(parameter.shape)}")
@@ -324,28 +510,32 @@ def read_shard(shard: Path, read):
 
 
 def files_read(path: Path) -> list[Path]:
-    """Return the files of a folder that decide what a model answers."""
+    """Return the files of a folder that decide what a model answers. Raises InputError."""
+    path = find_folder(path)
     names = ("config.json", "tokenizer.json", "generation_config.json", "preprocessor_config.json",
              "processor_config.json")
-    return [path / name for name in names if (path / name).exists()] + find_shards(path)
+    return [path / name for name in names if is_there(path / name)] + find_shards(path)
 
 
 def find_shards(path: Path) -> list[Path]:
-    """Return the files that the index names, or every *.safetensors where there is no index. Raises
-    InputError."""
+    """Return the files of the weights: model.safetensors, else those that the index names, else all
+    called model-*.safetensors. Others in the folder are none of the model. Raises InputError."""
+    if is_there(path / "model.safetensors"):
+        return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
-    if index.exists():
+    if is_there(index):
         names = set(map(str, section(read_json(index), "weight_map", index).values()))
         shards = [path / name for name in sorted(names)]
         absent = [shard.name for shard in shards if not shard.exists()]
         if absent or not shards:
             raise InputError(f"{path}: {index.name} names {len(shards)} shards, missing: "
-                             f"{', '.join(absent) or 'all'}")
+                             f"{', '.join(absent) or 'all'} {how_to_download(path)}".rstrip())
         return shards
-    shards = sorted(path.glob("*.safetensors"))
+    shards = [shard for shard in sorted(path.glob("model-*.safetensors")) if is_there(shard)]
     if not shards:
-        hint = ""
+        hint = how_to_download(path)
         if list(path.glob("*.bin")):
-            hint = " (its .bin files are not read; convert them to safetensors)"
-        raise InputError(f"{path}: no *.safetensors found{hint}")
+            hint = "(its .bin files are not read; convert them to safetensors)"
+        raise InputError(f"{path}: no model.safetensors, its index or model-*.safetensors found "
+                         f"{hint}".rstrip())
     return shards

@@ -240,9 +240,12 @@ def template(model) -> str:
 
 
 def where(model) -> str:
-    """Describe device, precision and threads, for the record."""
+    """Describe device, precision, threads and the bounds of the image, for the record."""
     weight = next(model.parameters())
     parts = [str(weight.device), str(weight.dtype)[6:], f"{torch.get_num_threads()} threads"]
     if WORLD > 1:
         parts.append(f"{WORLD} processes")
+    c = model.config
+    if hasattr(c, "max_pixels"):
+        parts.append(f"pixels {c.min_pixels} to {c.max_pixels} ({c.bounds_from})")
     return ", ".join(parts)

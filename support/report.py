@@ -274,7 +274,10 @@ def print_information(benchmark: str, found: dict, tolerance: float, threshold: 
     costs = "costs" if found["with_gold"] else "changes"
     of_what = "score" if found["with_gold"] else "answers"
     rule = f"dropping every visual token {costs} {{}} {tolerance:.1%} of the {of_what}"
-    print(f"{benchmark}: unpruned {by_score['unpruned']:.1f}; {place_of(by_score, L, rule)}")
+    place = "unpruned score is 0: no horizon."
+    if by_score["unpruned"]:
+        place = f"unpruned {by_score['unpruned']:.1f}; {place_of(by_score, L, rule)}"
+    print(f"{benchmark}: {place}")
     rule = f"the divergence is {{}} {threshold:.2%} of layer 0's"
     print(f"{benchmark}: without gold answers, {place_of(by_divergence, L, rule)}")
     if found["images"] < FEW:
@@ -323,6 +326,8 @@ def print_distance_of_horizons(benchmarks: dict):
     (one, first), (other, second) = benchmarks.items()
     a = first["horizons"]["score"]
     b = second["horizons"]["score"]
+    if not (a["unpruned"] and b["unpruned"]):
+        return
     low, high = np.percentile(np.subtract(b["draws"], a["draws"]), [2.5, 97.5])
     print(f"{other}'s horizon lies {b['layer'] - a['layer']:+d} [{low:+g}, {high:+g}] layers from "
           f"{one}'s\n")

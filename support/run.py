@@ -3,6 +3,7 @@ loses nothing, the processes of torchrun, where a result comes from, and the exi
 """
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -161,10 +162,20 @@ def write_result(out: Path, result: dict, as_json: bool):
     if RANK != 0:
         return
     file = out / "result.json"
-    write_text(file, json.dumps(result, indent=1) + "\n")
+    result = only_numbers(result)
+    write_text(file, json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(f"result: {file}")
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
+
+
+def only_numbers(value):
+    """Return the value with None in place of what is not a finite number, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: only_numbers(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [only_numbers(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- records -------------------------------------------------------------------------------------
@@ -218,7 +229,12 @@ def shape_of(model, question) -> tuple:
     try:
         return model.shape(read_header(question.image).size, question.prompt)
     except InputError as e:
-        raise InputError(f"{question.source}: question {question.id} ({question.image}): {e}")
+        raise InputError(about(question, e))
+
+
+def about(question, error: InputError) -> str:
+    """Say which question an error is about."""
+    return f"{question.source}: question {question.id} ({question.image}): {error}"
 
 
 def batches_of_equal_shape(questions: list, shapes: dict[str, tuple], at_once) -> list[list]:
@@ -312,10 +328,14 @@ def read_ahead(model, batches: list[list]):
 
 
 def attempt(work, batch: list, images: list) -> list[tuple]:
-    """Return (question, record) of a batch; images: futures. Where memory runs out, each half is
-    tried on its own; a single question is then left out, which is printed."""
+    """Return (question, record) of a batch; images: futures. Where memory runs out, or a question
+    cannot be worked on, each half is tried on its own; a single question is then left out, which is
+    printed, or named by the InputError that it raises."""
     try:
         return list(zip(batch, work(batch, [image.result() for image in images])))
+    except InputError as e:
+        if len(batch) == 1:
+            raise InputError(about(batch[0], e))
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
@@ -404,4 +424,5 @@ def fail(program: str, message: str) -> int:
 
 
 def stop(*_):
-    raise InputError(DIED if WORLD > 1 else f"stopped by a signal; {RESUMES}")
+    # no InputError, which is about a question: what comes next would be tried all the same
+    raise KeyboardInterrupt(DIED if WORLD > 1 else f"stopped by a signal; {RESUMES}")
