@@ -443,8 +443,8 @@ def read_config(path: Path) -> Config:
     side = config.vision.image_size
     square = {"height": side, "width": side}
     checkpoint.check_entries(path, checkpoint.processor_rules(
-        CLIP_MEAN, CLIP_STD, size=(side, square, {"shortest_edge": side}),
-        crop_size=(side, square)))
+        CLIP_MEAN, CLIP_STD, size=[side, square, {"shortest_edge": side}],
+        crop_size=[side, square]))
     window = text.get("sliding_window")
     if text.get("model_type") == "mistral" and window is not None:
         checkpoint.check_entry("sliding_window", window, int, path)

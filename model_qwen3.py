@@ -525,8 +525,8 @@ def read_config(path: Path, min_pixels: int | None = None,
                     tie_word_embeddings=checkpoint.is_tied(raw, text), **bounds)
     c = config.vision
     checkpoint.check_entries(path, checkpoint.processor_rules(
-        MEAN, STD, patch_size=c.patch_size, merge_size=c.spatial_merge_size,
-        temporal_patch_size=c.temporal_patch_size))
+        MEAN, STD, patch_size=[c.patch_size], merge_size=[c.spatial_merge_size],
+        temporal_patch_size=[c.temporal_patch_size]))
     return config
 
 

@@ -50,7 +50,7 @@ def finite(values: Tensor, what: str, dtype) -> Tensor:
     """Return the values. Raises InputError where one of them is infinite or not a number, which a
     model in that precision has made of its input."""
     if not values.isfinite().all():
-        wider = "bfloat16" if dtype == torch.float16 else "float32, or sound weights"
+        wider = {torch.float16: "bfloat16", torch.bfloat16: "float32"}.get(dtype, "other weights")
         raise InputError(f"{what} are not finite in {str(dtype)[6:]}; want {wider}")
     return values
 

@@ -104,14 +104,13 @@ def find_folder(path: Path) -> Path:
     """
     path = Path(path)
     repository = path
-    where = ""
+    where = "; want a checkpoint folder with config.json and *.safetensors"
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
         cache, variable = hugging_face_cache()
         repository = cache / f"models--{path.parent.name}--{path.name}"
-        where = f" here or in the cache {cache} ({variable}), {how_to_download(repository)}"
+        where = f", nor {repository} ({variable}){how_to_download(repository)}"
     if not repository.is_dir():
-        raise InputError(f"{path}: no such folder{where}; want a checkpoint folder with "
-                         "config.json and *.safetensors")
+        raise InputError(f"{path}: no such folder{where}")
     if not repository.name.startswith("models--") or (repository / "config.json").exists():
         return repository
     snapshots = sorted(repository.glob("snapshots/[!.]*/"))
@@ -121,27 +120,27 @@ def find_folder(path: Path) -> Path:
         snapshots = [wanted] if wanted in snapshots else snapshots
     if len(snapshots) != 1:
         names = ", ".join(snapshot.name for snapshot in snapshots) or "none"
-        raise InputError(f"{repository}: want one snapshot, or one that refs/main names; found "
-                         f"{names}; give the path of one, or {how_to_download(repository)}")
+        raise InputError(f"{repository}: snapshots are {names}, and refs/main names none of them; "
+                         f"want the path of one{how_to_download(repository)}")
     return snapshots[0]
 
 
 def hugging_face_cache() -> tuple[Path, str]:
-    """Return the cache of huggingface_hub, and the variable that decides where it is."""
+    """Return the cache of huggingface_hub, and which variable says so."""
     for name, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"),
                         ("XDG_CACHE_HOME", "huggingface/hub")):
         if os.environ.get(name):
-            return Path(os.path.expandvars(os.environ[name])).expanduser() / below, f"by {name}"
+            return Path(os.path.expandvars(os.environ[name])).expanduser() / below, f"{name} is set"
     return Path.home() / ".cache/huggingface/hub", "HF_HOME is not set"
 
 
 def how_to_download(path: Path) -> str:
-    """Return the command that downloads a repository of the cache, or the rest of a snapshot; ""
-    for any other folder."""
+    """Return what to say where a file of the cache is not there, "" for any other folder. path: a
+    repository in the cache, or a snapshot of it."""
     for folder in (path, *path.parents[1:2]):
         if folder.name.startswith("models--"):
             name = folder.name.removeprefix("models--").replace("--", "/")
-            return f"`hf download {name}` downloads it"
+            return f"; nothing is downloaded here, want: hf download {name}"
     return ""
 
 
@@ -149,8 +148,8 @@ def is_there(file: Path) -> bool:
     """Tell whether a folder has that file. Raises InputError if it is a link to one that is gone.
     """
     if file.is_symlink() and not file.exists():
-        raise InputError(f"{file}: a link to a file that is gone; want it again "
-                         f"{how_to_download(file.parent)}".rstrip())
+        raise InputError(f"{file}: a link to a file that is gone"
+                         f"{how_to_download(file.parent)}")
     return file.exists()
 
 
@@ -185,20 +184,13 @@ def check_entries(path: Path, rules: list[tuple]):
                              f"{' or '.join(map(repr, values))}; nothing else is implemented")
 
 
-# of any image processor
-PROCESSOR = [("preprocessor_config.json", *rule) for rule in (
-    ("rescale_factor", 1 / 255), ("resample", Image.BICUBIC), ("do_resize", True),
-    ("do_rescale", True), ("do_normalize", True), ("do_convert_rgb", True))]
-
-
-def processor_rules(mean: tuple, std: tuple, **entries) -> list[tuple]:
-    """Return the rules of an image processor with that mean, std and other entries."""
-    own = {"image_mean": list(mean), "image_std": list(std)} | entries
-    rules = list(PROCESSOR)
-    for entry, value in own.items():
-        values = value if isinstance(value, tuple) else (value,)
-        rules.append(("preprocessor_config.json", entry, *values))
-    return rules
+def processor_rules(mean: tuple, std: tuple, **entries: tuple) -> list[tuple]:
+    """Return the rules of an image processor with that mean and std, and those values of entries of
+    its own."""
+    values = {"image_mean": [list(mean)], "image_std": [list(std)], "rescale_factor": [1 / 255],
+              "resample": [Image.BICUBIC], "do_resize": [True], "do_rescale": [True],
+              "do_normalize": [True], "do_convert_rgb": [True]} | entries
+    return [("preprocessor_config.json", entry, *of_entry) for entry, of_entry in values.items()]
 
 
 def check_template(path: Path, prompt: str):
@@ -254,8 +246,7 @@ def read_entries(path: Path, want: str | None = None) -> dict:
                          "this file")
     file, raw = entries_of(path, "config.json")
     if not file.exists():
-        raise InputError(f"{file}: not found; want a checkpoint folder {how_to_download(path)}"
-                         .rstrip())
+        raise InputError(f"{file}: not found{how_to_download(path)}")
     check_not_quantized(path, raw)
     kind = str(raw.get("model_type"))
     if "mm_vision_tower" in raw:        # early files in the original layout say "llava", too
@@ -327,19 +318,16 @@ def check_entry(name: str, value, kind: type, path: Path):
 
 def check_not_quantized(path: Path, raw: dict):
     """Raise InputError, which names the method, if the weights are not plain numbers."""
-    said = {"quantize_config.json": entries_of(path, "quantize_config.json")[1],
-            "hf_quant_config.json": entries_of(path, "hf_quant_config.json")[1]}
+    said = {name: entries_of(path, name)[1]
+            for name in ("quantize_config.json", "hf_quant_config.json")}
     for part in (raw, *raw.values()):
         if isinstance(part, dict):
-            said |= {name: part[name] for name in ("quantization_config", "compression_config")
-                     if name in part}
+            said["config.json"] = said.get("config.json") or part.get("quantization_config")
     for name, how in said.items():
         if how:
-            method = "an unnamed method"
-            if isinstance(how, dict):
-                method = how.get("quant_method") or next(iter(how))
-            raise InputError(f"{path}: quantized by {method} ({name}); want the original weights, "
-                             "in bfloat16, float16 or float32")
+            method = isinstance(how, dict) and how.get("quant_method") or str(how)[:60]
+            raise InputError(f"{path / name}: the weights are quantized: {method}; want the "
+                             "original ones, in bfloat16, float16 or float32")
 
 
 def is_tied(raw: dict, text: dict) -> bool:
@@ -484,7 +472,7 @@ def load_weights(model, path: Path, device, dtype, renames: list, ignored: str, 
     missing = sorted(wanted.keys() - weights.keys())
     if missing:
         raise InputError(f"{path}: {len(missing)} of {len(wanted)} tensors are missing, the first "
-                         f"is {missing[0]}")
+                         f"is {missing[0]}{how_to_download(path)}")
     model.load_state_dict(weights, assign=True)
     model.to(device)                                    # buffers, which no file holds
 
@@ -529,13 +517,13 @@ def find_shards(path: Path) -> list[Path]:
         absent = [shard.name for shard in shards if not shard.exists()]
         if absent or not shards:
             raise InputError(f"{path}: {index.name} names {len(shards)} shards, missing: "
-                             f"{', '.join(absent) or 'all'} {how_to_download(path)}".rstrip())
+                             f"{', '.join(absent) or 'all'}{how_to_download(path)}")
         return shards
     shards = [shard for shard in sorted(path.glob("model-*.safetensors")) if is_there(shard)]
     if not shards:
         hint = how_to_download(path)
         if list(path.glob("*.bin")):
-            hint = "(its .bin files are not read; convert them to safetensors)"
-        raise InputError(f"{path}: no model.safetensors, its index or model-*.safetensors found "
-                         f"{hint}".rstrip())
+            hint = " (its .bin files are not read; convert them to safetensors)"
+        raise InputError(f"{path}: no model.safetensors, its index or model-*.safetensors found"
+                         f"{hint}")
     return shards

@@ -45,7 +45,7 @@ def add_tensor(folder):
 def add_twin(folder):
     """A file of another saving is left beside the others, and there is no index."""
     (folder / "model.safetensors.index.json").unlink()
-    shutil.copy(shard(folder), folder / "zz.safetensors")
+    shutil.copy(shard(folder), folder / "model-00009.safetensors")
 
 
 def change_shape(folder):
@@ -65,7 +65,7 @@ def remove_file(name):
 @pytest.mark.parametrize("change, message", [
     (lambda folder: shard(folder).unlink(), "missing: model-00001-of-"),
     (cut_shard, "cannot be read as safetensors"),
-    (remove_shards, "no *.safetensors found"),
+    (remove_shards, "no model.safetensors, its index or model-*.safetensors found"),
     (only_bin_files, "its .bin files are not read"),
     (drop_tensor, "tensors are missing, the first is"),
     (change_shape, "config.json wants"),
@@ -112,9 +112,9 @@ ANY_MODEL = [
     (edit("vision_config", patch_size=0), "patch_size is 0")]
 LLAVA = [
     (edit(mm_vision_tower="openai/clip-vit-large-patch14-336"), "llava-hf/llava-1.5-7b-hf"),
-    (edit("text_config", hidden_act=1), "hidden_act is 1, want str"),
-    (edit("text_config", hidden_act="gelu"), "text hidden_act is 'gelu'"),
-    (edit("vision_config", hidden_act="gelu"), "vision hidden_act is 'gelu'"),
+    (edit("text_config", hidden_act=1), "hidden_act is 1, want 'silu'"),
+    (edit("text_config", hidden_act="gelu"), "text_config.hidden_act is 'gelu'"),
+    (edit("vision_config", hidden_act="gelu"), "vision_config.hidden_act is 'gelu'"),
     (edit(vision_feature_layer=-5), "vision_feature_layer is -5"),
     (edit(vision_feature_select_strategy="full"), "vision_feature_select_strategy is 'full'")]
 QWEN = [
@@ -144,8 +144,9 @@ def test_a_config_of_another_model_is_refused_in_one_line(name, change, message,
     ({"min_pixels": "a"}, "min_pixels is 'a', want a whole number above 0"),
     ({"min_pixels": 0}, "min_pixels is 0, want a whole number above 0"),
     ({"size": {"longest_edge": 1.5}}, "max_pixels is 1.5"),
-    ({"size": "large"}, "size is 'large', want an object")])
+    ({"size": "large"}, "size is 'large', want an object"),
+    ({"size": {"height": 336, "width": 336}}, "size has height, width, want shortest_edge")])
 def test_bounds_that_are_no_areas_are_refused(entries, message, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(entries))
     with pytest.raises(InputError, match=message):
-        checkpoint.read_bounds(tmp_path, (1, 2))
+        checkpoint.read_bounds(tmp_path)

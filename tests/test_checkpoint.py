@@ -123,19 +123,17 @@ def test_a_tokenizer_saved_with_truncation_and_padding_gives_the_whole_prompt(na
     assert got.encode("no").ids == load(name).tokenizer.encode("no").ids
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_where_the_eos_token_is_null_the_published_one_ends_an_answer(name, tmp_path):
-    folder = linked(name, tmp_path / "m", but=["generation_config.json"])
-    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
-    published = {"llava_grouped": {2}}.get(name, {151645, 151643})
-    assert MODULES[name].load(folder, "cpu").eos == published
-
-
-@pytest.mark.parametrize("content, want", [
-    (None, {2}), ("{}", {2}), ('{"eos_token_id": 0}', {0}), ('{"eos_token_id": [7, 8]}', {7, 8})])
-def test_eos_tokens_come_from_generation_config_where_it_has_some(content, want, tmp_path):
-    if content:
-        (tmp_path / "generation_config.json").write_text(content)
+@pytest.mark.parametrize("generation, config, want", [
+    ({"eos_token_id": 0}, {"eos_token_id": 5}, {0}), ({"eos_token_id": [7, 8]}, {}, {7, 8}),
+    (None, {"eos_token_id": 5, "text_config": {"eos_token_id": 6}}, {5}),
+    ({}, {"text_config": {"eos_token_id": 6}}, {6}),
+    ({"eos_token_id": None}, {"eos_token_id": None, "text_config": {}}, {2}), (None, {}, {2})])
+def test_eos_tokens_come_from_generation_config_then_config_then_text_config(generation, config,
+                                                                             want, tmp_path):
+    """config.json was not asked: without generation_config.json a model did not stop."""
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert checkpoint.read_eos(tmp_path, [2]) == want
 
 
