@@ -162,14 +162,15 @@ def entries_of(path: Path, name: str) -> tuple[Path, dict]:
     """
     file = path / name
     found = read_json(file) if is_there(file) else {}
+    clip = {}
     if name == "preprocessor_config.json":
         nested, of_processor = entries_of(path, "processor_config.json")
         if "image_processor" in of_processor:
             file = nested
             found = section(of_processor, "image_processor", file)
         if found:
-            found = {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)} | found
-    return file, {entry: value for entry, value in found.items() if value is not None}
+            clip = {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
+    return file, clip | {entry: value for entry, value in found.items() if value is not None}
 
 
 def check_entries(path: Path, rules: list[tuple]):
@@ -184,7 +185,7 @@ def check_entries(path: Path, rules: list[tuple]):
                              f"{' or '.join(map(repr, values))}; nothing else is implemented")
 
 
-def processor_rules(mean: tuple, std: tuple, **entries: tuple) -> list[tuple]:
+def processor_rules(mean: tuple, std: tuple, **entries: list) -> list[tuple]:
     """Return the rules of an image processor with that mean and std, and those values of entries of
     its own."""
     values = {"image_mean": [list(mean)], "image_std": [list(std)], "rescale_factor": [1 / 255],

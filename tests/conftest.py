@@ -28,10 +28,10 @@ def builtin_models_are_read_once():
     models = {}
 
     def load_model(path, device=None, dtype=None, **bounds):
-        path = Path(path).resolve()
-        if path.parent != ROOT / "tiny":
+        folder = Path(path).resolve()
+        if folder.parent != ROOT / "tiny":
             return original(path, device, dtype, **bounds)
-        key = path, str(device), dtype, tuple(bounds.items())
+        key = folder, str(device), dtype, tuple(bounds.items())
         if key not in models:
             models[key] = original(path, device, dtype, **bounds)
         return models[key]
