@@ -80,28 +80,38 @@ def more_careful(schedules: list[tuple], N: int, L: int) -> np.ndarray:
     return uses_no_other & (tokens[:, None] >= tokens[None]).all(-1)
 
 
-def smooth(share: np.ndarray, careful: np.ndarray) -> np.ndarray:
+NEIGHBORS = 40                          # questions that their shares count as
+
+
+def smooth(share: np.ndarray, asked: int, careful: np.ndarray) -> np.ndarray:
     """Return the risk (S,) of each schedule, a steadier guess than its share of changed answers.
 
-    One that changed nothing on a few questions is no better than its more careful neighbors. So
-    this is the mean of its own share, of the mean share of those at least as careful as it, and of
-    that of those at most as careful.
+    One that changed nothing on a few questions is no better than its more careful neighbors. So its
+    own share, of so many asked, is averaged with the mean share of those at least as careful as it
+    and that of those at most as careful; with many questions its own decides.
     """
     before = (careful * share[:, None]).sum(0) / careful.sum(0)
     behind = (careful * share[None]).sum(1) / careful.sum(1)
-    return (share + before + behind) / 3
+    return (asked * share + NEIGHBORS * (before + behind) / 2) / (asked + NEIGHBORS)
 
 
-def steps(cost: np.ndarray, risk: np.ndarray, stages: np.ndarray) -> list[int]:
+def steps(cost: np.ndarray, risk: np.ndarray, stages: np.ndarray, loss: float) -> list[int]:
     """Return the schedules to walk, from careful to cheap: of each step of the cost the one of
     least risk. Among equals the simpler, of fewer stages; then the costlier, for it keeps more.
 
-    A step stays where a cheaper one seems as safe: on a few questions that is often luck, and the
-    first schedule that fails ends the walk.
+    A step stays where a cheaper one seems safer: on a few questions that is often luck, and the
+    first schedule that fails ends the walk. It leaves if its own risk is over the loss, too.
     """
     step = np.floor(cost / STEP + 1e-9)
     order = np.lexsort((-cost, stages, risk))
-    return [int(order[step[order] == one][0]) for one in np.unique(step)[::-1]]
+    best = [int(order[step[order] == one][0]) for one in np.unique(step)]       # cheap first
+    walked = []
+    least = HOPELESS * loss                             # risk of the cheaper ones
+    for i in best:
+        if risk[i] <= max(loss, least):
+            walked.append(i)
+            least = min(least, risk[i])
+    return walked[::-1]
 
 
 # ---- schedules and questions ---------------------------------------------------------------------
@@ -322,9 +332,10 @@ def search(model, ask, loss: float, cost_of: str) -> tuple[int, list[dict], list
         schedules = schedules + more
         changed = np.hstack([changed, changed_in(ask("search", more, stage), more)])
         cost = {of: costs(model, schedules, records, of) for of in ("flops", "tokens")}
-        risk = smooth(changed.mean(0), more_careful(schedules, records[0]["visual_tokens"], L))
-        walked = steps(cost[cost_of], risk, np.array([len(schedule) for schedule in schedules]))
-        walked = [i for i in walked if risk[i] <= HOPELESS * loss]
+        careful = more_careful(schedules, records[0]["visual_tokens"], L)
+        risk = smooth(changed.mean(0), len(changed), careful)
+        stages = np.array([len(schedule) for schedule in schedules])
+        walked = steps(cost[cost_of], risk, stages, loss)
         more = [near for near in narrow([schedules[i] for i in walked], L)
                 if near not in schedules]
     rows = []

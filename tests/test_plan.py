@@ -77,19 +77,29 @@ def test_more_careful_is_more_tokens_at_every_layer_by_no_other_method():
                                 [False, False, False, False, True]]
 
 
-def test_luck_on_the_searched_questions_is_smoothed_away():
+def test_luck_on_the_searched_questions_is_smoothed_away_and_many_questions_decide_alone():
     """Three ever bolder schedules; the middle one changed nothing by luck."""
     careful = np.triu(np.ones((3, 3), bool))
-    risk = plan.smooth(np.array([0.2, 0.0, 0.4]), careful)
-    assert 0.1 < risk[1] < risk[2] and risk[0] > 0.1
-    assert plan.smooth(np.array([0.3, 0.1]), np.eye(2, dtype=bool)) == pytest.approx([0.3, 0.1])
+    share = np.array([0.2, 0.0, 0.4])
+    risk = plan.smooth(share, plan.NEIGHBORS, careful)
+    assert risk == pytest.approx([0.2, (0 + 0.15) / 2, (0.4 + 0.3) / 2])
+    assert plan.smooth(share, 10 ** 6, careful) == pytest.approx(share, abs=1e-4)
+    assert plan.smooth(share, 1, np.eye(3, dtype=bool)) == pytest.approx(share)
 
 
 def test_a_step_of_the_cost_is_its_safest_schedule_then_the_simpler_then_the_costlier():
     cost = np.array([0.98, 0.91, 0.85, 0.84, 0.83, 0.35, 0.31])
-    risk = np.array([0.01, 0.00, 0.02, 0.02, 0.02, 0.50, 0.50])
+    risk = np.array([0.01, 0.00, 0.02, 0.02, 0.02, 0.09, 0.09])
     stages = np.array([1, 2, 2, 1, 1, 2, 2])
-    assert plan.steps(cost, risk, stages) == [1, 3, 5]
+    assert plan.steps(cost, risk, stages, 0.05) == [1, 3, 5]
+
+
+def test_a_step_over_the_loss_is_left_out_if_a_cheaper_one_is_safer():
+    """It ended the walk of 3,000 questions at its first step: on the built-in LLaVA, nothing kept
+    in the last layer changed more than in the two before."""
+    cost = np.array([0.95, 0.85, 0.75, 0.65, 0.55])
+    one = np.ones(5)
+    assert plan.steps(cost, np.array([0.06, 0.04, 0.02, 0.08, 0.20]), one, 0.05) == [1, 2, 3]
 
 
 # ---- schedules and questions ---------------------------------------------------------------------

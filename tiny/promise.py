@@ -92,10 +92,9 @@ def choose(searched, tested, schedules, careful, cost, loss: float, L: int) -> i
     share = searched.mean(0)
     horizon = plan.horizon_of(share[:L], loss)
     among = np.array([i for i, s in enumerate(schedules) if s[-1][0] >= horizon], int)
-    risk = plan.smooth(share[among], careful[np.ix_(among, among)])
+    risk = plan.smooth(share[among], len(searched), careful[np.ix_(among, among)])
     stages = np.array([len(schedules[i]) for i in among])
-    walked = [among[i] for i in plan.steps(cost[among], risk, stages)
-              if risk[i] <= plan.HOPELESS * loss]
+    walked = [among[i] for i in plan.steps(cost[among], risk, stages, loss)]
     passed = plan.walk([at_most(int(tested[:, i].sum()), len(tested), loss) for i in walked], 0.95)
     return walked[passed - 1] if passed else None
 
