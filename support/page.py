@@ -1,0 +1,164 @@
+"""The page: what was measured of some questions, as arrays -> one HTML file for the browser.
+
+page.html is the page without its data: markup, style and script. This file writes the data as one
+block of JSON into it. The file asks for nothing else, and its Content-Security-Policy lets it ask
+for nothing. What users wrote (questions, answers, file names) is data in that block, never markup.
+"""
+import base64
+import hashlib
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from support.files import read_text, write_text
+from support.pictures import is_right
+from tokprune import METHODS, InputError
+
+TEMPLATE = Path(__file__).with_name("page.html")
+LARGEST = 768                       # pixels of the longer side of an image on the page
+SCALES = {"information": 1000, "attention": 10000}      # one is the last digit that is kept
+
+
+@dataclass
+class Measured:
+    """What the page shows of one question, asked of one model of L layers and N visual tokens."""
+    model: str                              # its name
+    command: str                            # that asks the same; the page adds --layer, --method
+    question: str
+    gold: str | None                        # the right answer, where it is known
+    image: Image.Image                      # that the visual tokens tile
+    grid: tuple[int, int]                   # rows and columns of them
+    unpruned: str                           # the unpruned model's answer
+    answers: dict[str, list[str | None]]    # of each method, by layer; None where it cannot act
+    kept: dict[str, np.ndarray]             # (L, N) of bool
+    information: np.ndarray                 # (L, N) of the unpruned answer
+    attention: np.ndarray                   # (L, N) of the last prompt row, in the layer before
+
+
+def write_page(file: Path, questions: list[list[Measured]], about: str,
+               guide: list[dict] = ()) -> int:
+    """Write the page -> its size in bytes. Raises InputError.
+
+    questions: each as it was measured with one model or several. about: what was measured of each,
+    in words. guide: steps of a text about them, {"title", "text", "state"}; state is what stands
+    behind the # of the address, such as "q=1&layer=18&method=dart".
+    """
+    page = page_of(data_block(questions, about, guide))
+    write_text(file, page)
+    return len(page.encode())
+
+
+def page_of(data: dict) -> str:
+    """Return the page. Its Content-Security-Policy names its one script and its one style by their
+    hashes, so that no other ever runs."""
+    page = read_text(TEMPLATE)
+    for kind in ("script", "style"):
+        [inside] = re.findall(f"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        page = page.replace(f"{{hash of {kind}}}", f"'sha256-{digest}'")
+    before, after = page.split("{data}")
+    return before + as_json(data) + after
+
+
+def as_json(data: dict) -> str:
+    """Write JSON that can stand in a script element: no "<" in it can end the element."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def data_block(questions: list[list[Measured]], about: str, guide: list[dict] = ()) -> dict:
+    """Return what page.html reads. An image that several questions or models share is in it once.
+    """
+    images = {}
+    entries = []
+    for models in questions:
+        entries.append([])
+        for measured in models:
+            number = images.setdefault(data_url(measured.image), len(images))
+            entries[-1].append(entry_of(measured) | {"image": number})
+    methods = {name: {"color": METHODS[name].color, "says": first_sentence(METHODS[name])}
+               for name in entries[0][0]["methods"]}
+    return {"images": list(images), "methods": methods, "questions": entries, "measured": about,
+            "scales": SCALES, "guide": list(guide)}
+
+
+def first_sentence(method) -> str:
+    """Return what the method's docstring begins with, for a tooltip."""
+    text = " ".join((method.function.__doc__ or "").split())
+    return re.split(r"(?<=[^.]{12}\.) ", text)[0]
+
+
+def data_url(image: Image.Image) -> str:
+    image = image.convert("RGB")
+    image.thumbnail((LARGEST, LARGEST))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def entry_of(measured: Measured) -> dict:
+    """Return a question's part of the data block: answers by their number in `said`, sets of kept
+    tokens as bits, other numbers as they are rounded on the page."""
+    answers = {"unpruned": [measured.unpruned], **measured.answers}
+    said = list(dict.fromkeys(answer for row in answers.values() for answer in row))
+    said = [answer for answer in said if answer is not None]
+    wanted = measured.gold or measured.unpruned
+    methods = {}
+    for name, row in measured.answers.items():
+        number = [-1 if answer is None else said.index(answer) for answer in row]
+        methods[name] = {"said": number, "kept": bits(measured.kept[name])}
+    rows, cols = measured.grid
+    return {"model": measured.model, "command": measured.command, "question": measured.question,
+            "gold": measured.gold, "unpruned": measured.unpruned, "rows": rows, "cols": cols,
+            "layers": len(measured.attention), "horizon": horizon_of(measured),
+            "start": opening(measured), "said": said,
+            "right": [is_right(answer, wanted) for answer in said], "methods": methods,
+            "information": numbers(measured.information, SCALES["information"]),
+            "attention": numbers(measured.attention, SCALES["attention"])}
+
+
+def bits(kept: np.ndarray) -> str:
+    """Write (L, N) of bool as base64, eight tokens a byte, the first in the highest bit. Each layer
+    begins a byte."""
+    return base64.b64encode(np.packbits(kept, axis=1).tobytes()).decode()
+
+
+def numbers(values: np.ndarray, scale: int) -> str:
+    """Write an array as base64 of 16-bit integers, little-endian: the values times `scale`, rounded.
+    """
+    values = np.clip(np.round(values * scale), -32767, 32767)
+    return base64.b64encode(values.astype("<i2").tobytes()).decode()
+
+
+def horizon_of(measured: Measured) -> int:
+    """Return the layer from which on dropping every visual token leaves the answer as it is, to the
+    letter; the number of layers if there is none."""
+    answers = measured.answers["none"]
+    layer = len(answers)
+    while layer > 0 and answers[layer - 1] == measured.unpruned:
+        layer -= 1
+    return layer
+
+
+def opening(measured: Measured) -> dict:
+    """Return the state that the page opens with: the first layer where the methods disagree most,
+    a method that is right there, and beside it one that is wrong."""
+    wanted = measured.gold or measured.unpruned
+    names = [name for name in measured.answers if not METHODS[name].keeps_none]
+    best = {"layer": min(1, len(measured.attention) - 1), "method": names[-1], "with": names[0]}
+    most = 0
+    for layer in range(len(measured.attention)):
+        right = []
+        wrong = []
+        for name in names:
+            answer = measured.answers[name][layer]
+            if answer is not None:
+                (right if is_right(answer, wanted) else wrong).append(name)
+        if min(len(right), len(wrong)) > most:
+            most = min(len(right), len(wrong))
+            best = {"layer": layer, "method": right[0], "with": wrong[0]}
+    return best
