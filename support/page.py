@@ -145,20 +145,20 @@ def horizon_of(measured: Measured) -> int:
 
 
 def opening(measured: Measured) -> dict:
-    """Return the state that the page opens with: the first layer where the methods disagree most,
-    a method that is right there, and beside it one that is wrong."""
+    """Return what the page opens with: the first layer where most methods are right though random,
+    and no token at all, are wrong; the first of these methods, and random beside it. Where there is
+    no such layer, the horizon."""
     wanted = measured.gold or measured.unpruned
-    names = [name for name in measured.answers if not METHODS[name].keeps_none]
-    best = {"layer": min(1, len(measured.attention) - 1), "method": names[-1], "with": names[0]}
+    right = {name: [answer is not None and is_right(answer, wanted) for answer in answers]
+             for name, answers in measured.answers.items()}
+    names = list(right)
+    others = right.get("random", right["none"])
+    last = len(measured.attention) - 1
+    best = {"layer": min(horizon_of(measured), last), "method": names[-1], "with": names[1]}
     most = 0
-    for layer in range(len(measured.attention)):
-        right = []
-        wrong = []
-        for name in names:
-            answer = measured.answers[name][layer]
-            if answer is not None:
-                (right if is_right(answer, wanted) else wrong).append(name)
-        if min(len(right), len(wrong)) > most:
-            most = min(len(right), len(wrong))
-            best = {"layer": layer, "method": right[0], "with": wrong[0]}
+    for layer in range(last + 1):
+        ahead = [name for name in names if right[name][layer]]
+        if len(ahead) > most and not others[layer] and not right["none"][layer]:
+            most = len(ahead)
+            best |= {"layer": layer, "method": ahead[0]}
     return best
