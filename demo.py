@@ -2,24 +2,37 @@
 
     python demo.py
     python demo.py --image cat.jpg --question "Is there a cat?" --layer 8 --ratio 0.9
+    python demo.py --page page.html                 every layer, to look at in a browser
 """
+import shlex
+import time
 from pathlib import Path
 
-from information import answers_without_image, measure_beforehand
+import numpy as np
+import torch
+from PIL import Image
+
+from information import (answers_without_image, check_grid, measure_beforehand, per_token,
+                         token_information)
 from support import flags, report
-from support.files import read_image
+from support.files import read_image, read_json
+from support.page import Measured, write_page
 from support.pictures import overlay
-from support.run import ROOT, open_folder, settings_of, start, write_result
+from support.run import ROOT, open_folder, progress, settings_of, start, write_result
 from tokprune import (METHODS, Decoding, InputError, Stream, check_method, decode, number_kept,
-                      prefill)
+                      prefill, view_of)
 
 PICTURE = ROOT / "tiny" / "textvqa" / "train_images" / "0034.jpg"
 QUESTION = "What does the purple word say?"
 ANSWER = "7ns"
+EXPLORE = ROOT / "tiny" / "explore.json"            # the page's questions, and a text about them
 
 
 def main(argv: list[str]):
     args = parse_arguments(argv)
+    if args.page:
+        make_page(args)
+        return
     flags.check_layer(args.layer, flags.num_layers(args))
     image = read_image(args.image)
     model = flags.load_model(args)
@@ -101,11 +114,123 @@ def horizon_of_question(model, stream: Stream, decoding: Decoding = Decoding()) 
     """Find the layer from which on dropping every visual token leaves the answer as it is, to the
     letter. `information.horizon` has the rule for a benchmark."""
     [answers] = answers_without_image(model, stream, decoding)
-    layer = model.num_layers
-    while layer > 0 and answers[str(layer - 1)] == answers["unpruned"]:
+    unpruned = answers.pop("unpruned")
+    return horizon_of(list(answers.values()), unpruned)
+
+
+def horizon_of(answers: list[str], unpruned: str) -> int:
+    """Find the first layer from which on the answers are the unpruned one; their number if none."""
+    layer = len(answers)
+    while layer > 0 and answers[layer - 1] == unpruned:
         layer -= 1
     return layer
 
+
+# ---- the page ------------------------------------------------------------------------------------
+
+def make_page(args):
+    """Measure every method at every layer, of the question asked or of the bundled ones, and write
+    the page. The bundled ones are asked of both built-in models, where one of them is at hand."""
+    folders = [args.model]
+    asked = [(args.image, args.question, args.answer)]
+    guide = []
+    if not args.question:
+        explore = read_json(EXPLORE)
+        asked = [(ROOT / "tiny" / entry["image"], entry["question"], entry["gold"])
+                 for entry in explore["questions"]]
+        if args.model in [ROOT / name for name in explore["models"]]:
+            folders = [ROOT / name for name in explore["models"]]
+            guide = explore["guide"] if is_untouched(args) else []
+    questions = [[] for _ in asked]
+    for folder in folders:
+        args.model = folder
+        model = flags.load_model(args)
+        for models, (image, question, gold) in zip(questions, asked):
+            measured = measure_every_layer(model, read_image(image), question, gold, args.method,
+                                           args.ratio, args.seed, flags.decoding(args))
+            measured.model = short(folder)
+            measured.command = shlex.join(
+                ["python", "demo.py", "--model", short(folder), "--image", short(image),
+                 "--question", question, "--ratio", str(args.ratio), "--seed", str(args.seed)])
+            models.append(measured)
+    about = f"{100 * args.ratio:.4g} % of the tokens removed at once, at any one layer"
+    size = write_page(args.page, questions, about, guide)
+    print(f"page: {args.page} ({size / 1000:.0f} kB, for a browser; it needs no other file)")
+
+
+def is_untouched(args) -> bool:
+    """Tell whether no flag changes what the text about the bundled questions speaks of."""
+    plain = vars(parse_arguments(["--page", str(args.page)]))
+    return all(getattr(args, name) == plain[name] for name in plain
+               if name not in ("command", "model", "device"))
+
+
+def short(path: Path) -> str:
+    """Return a path as it is typed in the project's folder."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def measure_every_layer(model, image: Image.Image, question: str, gold: str | None,
+                        methods: list[str], ratio: float = 0.9, seed: int = 0,
+                        decoding: Decoding = Decoding()) -> Measured:
+    """Return what the page shows of a question: at each layer the answer and the kept tokens of each
+    method, the information of the model's own answer, the attention that FastV reads.
+
+    The unpruned stream runs once. At each layer the methods that keep equally many tokens go on
+    from it as one batch.
+    """
+    L = model.num_layers
+    stream = model.begin(image, question)
+    check_grid(stream)
+    start, N = stream.visual
+    [unpruned] = decode(model, model.run(stream), *decoding)
+    methods = list(dict.fromkeys(["none", *methods]))
+    layers_of = {method: set(range(L)) for method in methods}
+    info = measure_beforehand(model, [stream], layers_of, lambda method: [unpruned])
+    answers = {method: [None] * L for method in methods}
+    kept = {method: np.zeros((L, N), bool) for method in methods}
+    attended = np.zeros((L, N))
+    began = time.time()
+    reached = stream
+    for layer in range(L):
+        progress("layer", layer, L, began)
+        reached = model.run(reached, stop=layer)
+        if layer > 0:
+            last = torch.tensor([reached.x.shape[1] - 1])
+            probability = view_of(model, reached, 0, seed).attention(last)      # (H, 1, T)
+            attended[layer] = probability[:, 0, start:start + N].mean(0).cpu()
+        for batch in batches_that_keep_as_many(methods, layer):
+            pruned_stream = prefill(model, reached, [(layer, batch, ratio)], seed, info)
+            found = decode(model, pruned_stream, *decoding)
+            for name, answer, origin in zip(batch, found, pruned_stream.origin):
+                answers[name][layer] = answer
+                kept[name][layer, origin.tolist()] = True
+    progress("layer", L, L, began)
+    said = {unpruned, *(answer for row in answers.values() for answer in row if answer is not None)}
+    return Measured(question, gold, model.canvas(image), stream.grid, unpruned, answers, kept,
+                    right={answer for answer in said if is_right(answer, gold or unpruned)},
+                    horizon=horizon_of(answers["none"], unpruned), attention=attended,
+                    information=information_of_answer(model, stream, unpruned))
+
+
+def batches_that_keep_as_many(methods: list[str], layer: int) -> list[list[str]]:
+    """Divide the methods that can act at a layer into those that keep none, and the others."""
+    able = [name for name in methods if layer > 0 or not METHODS[name].needs_layer]
+    batches = [[name for name in able if METHODS[name].keeps_none == none] for none in (True, False)]
+    return [batch for batch in batches if batch]
+
+
+def information_of_answer(model, stream: Stream, answer: str) -> np.ndarray:
+    """Return the information (L, N) of an answer by layer, each token with that of its 2x2 window;
+    that of an empty answer is 0."""
+    layers = list(range(model.num_layers))
+    if not answer:
+        return np.zeros((len(layers), stream.N))
+    windows = token_information(model, stream, answer, layers, window=2, target="answer")
+    return torch.stack([per_token(values, stream.grid, 2) for values in windows]).numpy()
+
+
+# ---- the program ---------------------------------------------------------------------------------
 
 def parse_arguments(argv: list[str]):
     p = flags.Parser("demo.py", "What each pruning method keeps of a picture, and the answers.")
@@ -113,7 +238,7 @@ def parse_arguments(argv: list[str]):
     group.add_argument("--image", type=Path, help="picture to ask about (default: a bundled one)")
     group.add_argument("--question", help=f"question about it (default: {QUESTION})")
     group.add_argument("--answer", help="right answer, if known: the picture marks who gives it")
-    group.add_argument("--layer", type=flags.whole(0), default=8, metavar="N",
+    group.add_argument("--layer", type=flags.whole(0), metavar="N",
                        help="layer at whose input tokens leave (default: 8)")
     group.add_argument("--ratio", type=flags.share, default=0.9,
                        help="fraction of the visual tokens removed (default: 0.9)")
@@ -123,13 +248,19 @@ def parse_arguments(argv: list[str]):
                        help="draws the tokens of random (default: 0)")
     flags.add_model_flags(p)
     flags.add_answer_flags(p)
-    flags.add_output_flags(p)
+    group = flags.add_output_flags(p)
+    group.add_argument("--page", type=Path, metavar="HTML",
+                       help="write a page for the browser instead: every layer of the question, or "
+                            "of the bundled ones")
     args = p.parse_args(argv)
+    if args.page:
+        check_page(args)
+    args.layer = 8 if args.layer is None else args.layer
     if args.question == "":
         raise InputError("--question: is empty")
     if args.image and not args.question:
         raise InputError("--image: needs --question, what to ask about it")
-    if not args.question:
+    if not args.question and not args.page:
         args.question = QUESTION
         args.answer = args.answer or ANSWER
     args.image = args.image or PICTURE
@@ -147,6 +278,17 @@ def parse_arguments(argv: list[str]):
             raise InputError(f"--method {method}: it needs the gold answer, which eval.py has; "
                              "want another")
     return args
+
+
+def check_page(args):
+    """Raise InputError now, rather than when all is measured."""
+    if args.page.suffix != ".html" or not args.page.parent.is_dir():
+        raise InputError(f"--page {args.page}: want a .html in a folder that exists")
+    if args.layer is not None or args.out or args.json:
+        raise InputError("--page: measures every layer and writes the page alone; want it without "
+                         "--layer, --out and --json")
+    if args.answer and not args.question:
+        raise InputError("--answer: needs --question, what it answers")
 
 
 if __name__ == "__main__":

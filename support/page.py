@@ -8,7 +8,6 @@ import base64
 import hashlib
 import io
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,7 @@ import numpy as np
 from PIL import Image
 
 from support.files import read_text, write_text
-from support.pictures import is_right
-from tokprune import METHODS, InputError
+from tokprune import METHODS
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LARGEST = 768                       # pixels of the longer side of an image on the page
@@ -27,8 +25,6 @@ SCALES = {"information": 1000, "attention": 10000}      # one is the last digit 
 @dataclass
 class Measured:
     """What the page shows of one question, asked of one model of L layers and N visual tokens."""
-    model: str                              # its name
-    command: str                            # that asks the same; the page adds --layer, --method
     question: str
     gold: str | None                        # the right answer, where it is known
     image: Image.Image                      # that the visual tokens tile
@@ -36,8 +32,12 @@ class Measured:
     unpruned: str                           # the unpruned model's answer
     answers: dict[str, list[str | None]]    # of each method, by layer; None where it cannot act
     kept: dict[str, np.ndarray]             # (L, N) of bool
+    right: set[str]                         # of these answers; the unpruned one if gold is unknown
+    horizon: int                            # from this layer on no token is needed; L if none is
     information: np.ndarray                 # (L, N) of the unpruned answer
     attention: np.ndarray                   # (L, N) of the last prompt row, in the layer before
+    model: str = ""                         # its name
+    command: str = ""                       # that asks the same; the page adds --layer, --method
 
 
 def write_page(file: Path, questions: list[list[Measured]], about: str,
@@ -89,7 +89,7 @@ def data_block(questions: list[list[Measured]], about: str, guide: list[dict] = 
 def first_sentence(method) -> str:
     """Return what the method's docstring begins with, for a tooltip."""
     text = " ".join((method.function.__doc__ or "").split())
-    return re.split(r"(?<=[^.]{12}\.) ", text)[0]
+    return text.split(". ")[0]
 
 
 def data_url(image: Image.Image) -> str:
@@ -106,7 +106,6 @@ def entry_of(measured: Measured) -> dict:
     answers = {"unpruned": [measured.unpruned], **measured.answers}
     said = list(dict.fromkeys(answer for row in answers.values() for answer in row))
     said = [answer for answer in said if answer is not None]
-    wanted = measured.gold or measured.unpruned
     methods = {}
     for name, row in measured.answers.items():
         number = [-1 if answer is None else said.index(answer) for answer in row]
@@ -114,9 +113,9 @@ def entry_of(measured: Measured) -> dict:
     rows, cols = measured.grid
     return {"model": measured.model, "command": measured.command, "question": measured.question,
             "gold": measured.gold, "unpruned": measured.unpruned, "rows": rows, "cols": cols,
-            "layers": len(measured.attention), "horizon": horizon_of(measured),
+            "layers": len(measured.attention), "horizon": measured.horizon,
             "start": opening(measured), "said": said,
-            "right": [is_right(answer, wanted) for answer in said], "methods": methods,
+            "right": [answer in measured.right for answer in said], "methods": methods,
             "information": numbers(measured.information, SCALES["information"]),
             "attention": numbers(measured.attention, SCALES["attention"])}
 
@@ -134,31 +133,19 @@ def numbers(values: np.ndarray, scale: int) -> str:
     return base64.b64encode(values.astype("<i2").tobytes()).decode()
 
 
-def horizon_of(measured: Measured) -> int:
-    """Return the layer from which on dropping every visual token leaves the answer as it is, to the
-    letter; the number of layers if there is none."""
-    answers = measured.answers["none"]
-    layer = len(answers)
-    while layer > 0 and answers[layer - 1] == measured.unpruned:
-        layer -= 1
-    return layer
-
-
 def opening(measured: Measured) -> dict:
     """Return what the page opens with: the first layer where most methods are right though random,
     and no token at all, are wrong; the first of these methods, and random beside it. Where there is
     no such layer, the horizon."""
-    wanted = measured.gold or measured.unpruned
-    right = {name: [answer is not None and is_right(answer, wanted) for answer in answers]
+    right = {name: [answer in measured.right for answer in answers]
              for name, answers in measured.answers.items()}
-    names = list(right)
-    others = right.get("random", right["none"])
+    beside = "random" if "random" in right else "none"
     last = len(measured.attention) - 1
-    best = {"layer": min(horizon_of(measured), last), "method": names[-1], "with": names[1]}
+    start = {"layer": min(measured.horizon, last), "method": list(right)[-1], "with": beside}
     most = 0
     for layer in range(last + 1):
-        ahead = [name for name in names if right[name][layer]]
-        if len(ahead) > most and not others[layer] and not right["none"][layer]:
+        ahead = [name for name in right if right[name][layer]]
+        if len(ahead) > most and not right[beside][layer] and not right["none"][layer]:
             most = len(ahead)
-            best |= {"layer": layer, "method": ahead[0]}
-    return best
+            start |= {"layer": layer, "method": ahead[0]}
+    return start
