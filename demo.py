@@ -173,8 +173,8 @@ def short(path: Path) -> str:
 def measure_every_layer(model, image: Image.Image, question: str, gold: str | None,
                         methods: list[str], ratio: float = 0.9, seed: int = 0,
                         decoding: Decoding = Decoding()) -> Measured:
-    """Return what the page shows of a question: at each layer the answer and the kept tokens of each
-    method, the information of the model's own answer, the attention that FastV reads.
+    """Return what the page shows of a question: at each layer the answer and kept tokens of each
+    method, the information of the model's own answer, and the attention that FastV reads.
 
     The unpruned stream runs once. At each layer the methods that keep equally many tokens go on
     from it as one batch.
@@ -216,8 +216,9 @@ def measure_every_layer(model, image: Image.Image, question: str, gold: str | No
 def batches_that_keep_as_many(methods: list[str], layer: int) -> list[list[str]]:
     """Divide the methods that can act at a layer into those that keep none, and the others."""
     able = [name for name in methods if layer > 0 or not METHODS[name].needs_layer]
-    batches = [[name for name in able if METHODS[name].keeps_none == none] for none in (True, False)]
-    return [batch for batch in batches if batch]
+    nothing = [name for name in able if METHODS[name].keeps_none]
+    others = [name for name in able if not METHODS[name].keeps_none]
+    return [batch for batch in (nothing, others) if batch]
 
 
 def information_of_answer(model, stream: Stream, answer: str) -> np.ndarray:

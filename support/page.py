@@ -8,6 +8,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,8 +128,7 @@ def bits(kept: np.ndarray) -> str:
 
 
 def numbers(values: np.ndarray, scale: int) -> str:
-    """Write an array as base64 of 16-bit integers, little-endian: the values times `scale`, rounded.
-    """
+    """Write values times `scale`, rounded, as base64 of 16-bit integers, little-endian."""
     values = np.clip(np.round(values * scale), -32767, 32767)
     return base64.b64encode(values.astype("<i2").tobytes()).decode()
 
