@@ -1,5 +1,4 @@
-"""The page: its data block says what a direct run says, and what users write never becomes markup.
-"""
+"""The page: its data block says what a direct run says, and what users write is never markup."""
 import base64
 import hashlib
 import json
@@ -137,15 +136,16 @@ def test_every_step_of_the_guide_names_a_question_a_layer_and_methods_that_are_t
     for step in EXPLORE["guide"]:
         state = dict(part.split("=") for part in step["state"].split("&"))
         assert 1 <= int(state["q"]) <= len(EXPLORE["questions"])
-        assert state["model"] in EXPLORE["models"] and {state["method"], state["with"]} < set(METHODS)
+        assert state["model"] in EXPLORE["models"]
+        assert {state["method"], state["with"]} < set(METHODS)
         assert 0 <= int(state["layer"]) < flags.num_layers(
             demo.parse_arguments(["--model", str(ROOT / state["model"])]))
         assert state["show"] in ("tokens", "information", "attention")
 
 
 def test_what_the_guide_says_of_the_third_question_is_true(entry):
-    """"hindsight reads the word at every layer. No other method reads it before layer 16", "at layer
-    15 six tokens are worse than none", "from layer 20 on nothing is lost"."""
+    """Hindsight reads the word at every layer, no other method before layer 16; at layer 15 six
+    tokens are worse than none; from layer 20 on nothing is lost."""
     gold = entry["gold"]
     assert all(said(entry, "hindsight", layer) == gold for layer in range(24))
     for method in set(METHODS_SHOWN) - {"none", "hindsight"}:
@@ -156,9 +156,9 @@ def test_what_the_guide_says_of_the_third_question_is_true(entry):
 
 
 def test_what_the_guide_says_of_the_first_question_is_true(llava):
-    """"fastv keeps the word, and the model reads it. random misses it, and so do four other
-    methods", "in the two windows on the word, and nowhere else", "at layer 18 no more than 0.03",
-    "read by layer 13"; the page opens with the first step."""
+    """Fastv keeps the word and the model reads it; random misses it, and so do four others. The
+    answer lies in the two windows on the word; at layer 18 none adds more than 0.03. The horizon is
+    layer 13. The page opens with the first step."""
     image, question, gold = asked(0)
     stream = llava.begin(image, question)
     reached = llava.run(stream, stop=5)
@@ -179,7 +179,7 @@ def test_what_the_guide_says_of_the_first_question_is_true(llava):
 
 
 def test_what_the_guide_says_of_qwen_is_true():
-    """"Qwen answers the first question, too, but needs the image up to layer 18 of 28"."""
+    """Qwen answers the first question, too, but needs the image up to layer 18 of 28."""
     qwen = checkpoint.load_model(ROOT / "tiny" / "qwen")
     image, question, gold = asked(0)
     stream = qwen.begin(image, question)
@@ -209,9 +209,8 @@ def test_what_users_write_is_data_and_never_markup():
     hostile = made_up(question=ATTACK, answer=ATTACK + "{data}\u2028\udcff", gold=ATTACK,
                       command=ATTACK, model="<!--" + ATTACK)
     page = page_of(data_block([[hostile]], ATTACK))
-    assert "<img" not in page and "<!--<" not in page and page.isascii() == TEMPLATE.read_text(
-        "utf-8").isascii()
-    assert page.count("</script>") == TEMPLATE.read_text("utf-8").count("</script>") == 2
+    assert "<img" not in page and "<!--" not in page
+    assert page.count("</script>") == 2                     # of the data block, and of the script
     found = block_of(page)["questions"][0][0]
     assert found["question"] == found["gold"] == found["command"] == ATTACK
     assert found["unpruned"] == ATTACK + "{data}\u2028\udcff"
@@ -229,7 +228,8 @@ def test_the_page_asks_for_nothing_and_its_policy_forbids_it():
         digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
         assert rules[f"{kind}-src"] == [f"'sha256-{digest}'"]
     template = TEMPLATE.read_text("utf-8")
-    assert not re.search(r"https?:|\w//|'//|\"//|@import|url\(|fetch|XMLHttp|Socket|Beacon", template)
+    assert not re.search(r"https?:|\w//|['\"`]//|@import|url\(|fetch|XMLHttp|Socket|Beacon",
+                         template)
 
 
 def test_every_id_that_the_script_uses_exists_once():
@@ -271,8 +271,8 @@ def test_the_guide_is_left_out_where_a_flag_changes_what_it_speaks_of():
     def untouched(*more):
         return demo.is_untouched(demo.parse_arguments(["--page", "a.html", *more]))
     assert untouched() and untouched("--device", "cpu")
-    for more in (["--ratio", "0.8"], ["--seed", "1"], ["--method", "grid"], ["--dtype", "bfloat16"]):
-        assert not untouched(*more)
+    for more in ("--ratio=0.8", "--seed=1", "--method=grid", "--dtype=bfloat16"):
+        assert not untouched(more)
 
 
 def test_the_bundled_page_is_of_these_questions_and_under_600_kb():
