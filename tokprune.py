@@ -637,7 +637,7 @@ def flops(config, rows: list[int], past: int = 0) -> int:
     return total
 
 
-# ---- greedy decoding ---------------------------------------------------------------------------
+# ---- greedy decoding -----------------------------------------------------------------------------
 
 class Decoding(NamedTuple):
     """How answers are decoded: what `decode` takes behind the stream."""
@@ -701,7 +701,7 @@ class RoomyKV(KV):
 
 
 def with_room(stream: Stream, rows: int = 16) -> Stream:
-    """The stream, its cache copied to where there is room for so many rows more: for decoding."""
+    """Return the stream with its cache copied to where there is room for so many rows more."""
     B = len(stream.x)
     cache = []
     for kv in stream.cache:

@@ -327,27 +327,31 @@ def read_ahead(model, batches: list[list]):
         pool.shutdown(cancel_futures=True)
 
 
-def attempt(work, batch: list, images: list) -> list[tuple]:
-    """Return (question, record) of a batch; images: futures. Where memory runs out, or a question
+def attempt(work, batch: list, images: list):
+    """Yield (question, record) of a batch; images: futures. Where memory runs out, or a question
     cannot be worked on, each half is tried on its own; a single question is then left out, which is
     printed, or named by the InputError that it raises."""
+    records = None
     try:
-        return list(zip(batch, work(batch, [image.result() for image in images])))
+        records = work(batch, [image.result() for image in images])
     except InputError as e:
         if len(batch) == 1:
             raise InputError(about(batch[0], e))
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
+    if records is not None:
+        yield from zip(batch, records)
+        return
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if len(batch) > 1:
-        half = len(batch) // 2
-        return (attempt(work, batch[:half], images[:half])
-                + attempt(work, batch[half:], images[half:]))
-    print(f"\n{Path(sys.argv[0]).name}: question {batch[0].id} ({batch[0].image}): out of memory",
-          file=sys.stderr)
-    return []
+    if len(batch) == 1:
+        print(f"\n{Path(sys.argv[0]).name}: question {batch[0].id} ({batch[0].image}): out of "
+              "memory", file=sys.stderr)
+        return
+    half = len(batch) // 2
+    yield from attempt(work, batch[:half], images[:half])
+    yield from attempt(work, batch[half:], images[half:])
 
 
 def is_out_of_memory(error: Exception) -> bool:
