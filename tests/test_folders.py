@@ -1,12 +1,12 @@
-"""What a checkpoint's folder says is followed or refused in one line; which of its files count; where
-the Hugging Face cache has it; and numbers that are none end a run by the question's name."""
+"""What a checkpoint's folder says is followed or refused in one line; which of its files count;
+where the Hugging Face cache has it; and numbers that are none end a run by the question's name."""
 import json
 import re
 import shutil
 
 import pytest
 import torch
-from checkpoints import GOLDEN, MODULES, load
+from checkpoints import GOLDEN, load
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -156,7 +156,8 @@ def test_model_safetensors_counts_before_an_index_and_nothing_else_is_read(folde
     for name in ("consolidated", "model.fp16", "adapter_model", "optimizer", ".hidden"):
         save_file({"w": torch.zeros(2)}, path / f"{name}.safetensors")
     (path / "training_args.bin").symlink_to("gone")
-    assert checkpoint.load_model(path, "cpu").lm_head.weight.equal(load("llava_tied").lm_head.weight)
+    loaded = checkpoint.load_model(path, "cpu")
+    assert loaded.lm_head.weight.equal(load("llava_tied").lm_head.weight)
     key = "language_model.model.embed_tokens.weight"
     save_file(tensors | {key: tensors[key] + 1}, path / "model.safetensors")
     got = checkpoint.load_model(path, "cpu").language_model.embed_tokens.weight
