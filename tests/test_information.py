@@ -218,7 +218,7 @@ def test_the_models_own_answer_is_measured_if_it_gives_one():
     assert measured(question, "own", "first", "no") == "no"
     assert measured(unknown, "own", "first", "no") == "no"
     assert measured(question, "own", "first", "") == "1000"
-    with pytest.raises(InputError, match="question 8: the model's own answer is empty"):
+    with pytest.raises(InputError, match="the model's own answer is empty"):
         measured(unknown, "own", "first", "")
 
 

@@ -251,13 +251,16 @@ def test_a_horizon_past_the_last_layer_is_none():
 
 
 def test_the_distance_of_two_horizons_is_that_of_the_same_draws(capsys):
-    """Of few images there are no draws, and no sentence that reads them."""
-    def horizon(layer, draws, images=10):
-        return {"horizons": {"score": {"layer": layer, "draws": draws}}, "images": images}
+    """Of few images there are no draws, and no sentence that reads them; nor is there a horizon
+    where the unpruned model scores 0."""
+    def horizon(layer, draws, images=10, unpruned=50.0):
+        by_score = {"layer": layer, "draws": draws, "unpruned": unpruned}
+        return {"horizons": {"score": by_score}, "images": images}
     mme = horizon(17, [16, 17])
     report.print_distance_of_horizons({"mme": mme, "textvqa": horizon(22, [22, 23])})
     printed = capsys.readouterr().out
     assert printed.startswith("textvqa's horizon lies +5 [+6, +6] layers from mme's")
     report.print_distance_of_horizons({"mme": mme})
     report.print_distance_of_horizons({"mme": mme, "textvqa": horizon(22, [], images=9)})
+    report.print_distance_of_horizons({"mme": mme, "textvqa": horizon(24, [24, 24], unpruned=0.0)})
     assert capsys.readouterr().out == ""
