@@ -79,7 +79,7 @@ def answer_with_each_method(model, stream: Stream, methods: list[str], layer: in
     [unpruned] = decode(model, full_stream, *decoding)
     panels = [("unpruned", unpruned, full_stream.origin[0].tolist())]
     layers_of = {method: {layer} for method in methods}
-    info = measure_beforehand(model, [stream], layers_of, lambda method: [unpruned])
+    info = measure_beforehand(model, stream, layers_of, lambda method: [unpruned])
     reached = model.run(stream, stop=layer)             # the layers before, on everything
     for method in methods:
         pruned_stream = prefill(model, reached, [(layer, method, ratio)], seed, info)
@@ -186,7 +186,7 @@ def measure_every_layer(model, image: Image.Image, question: str, gold: str | No
     [unpruned] = decode(model, model.run(stream), *decoding)
     methods = list(dict.fromkeys(["none", *methods]))
     layers_of = {method: set(range(L)) for method in methods}
-    info = measure_beforehand(model, [stream], layers_of, lambda method: [unpruned])
+    info = measure_beforehand(model, stream, layers_of, lambda method: [unpruned])
     answers = {method: [None] * L for method in methods}
     kept = {method: np.zeros((L, N), bool) for method in methods}
     attended = np.zeros((L, N))

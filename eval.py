@@ -113,8 +113,8 @@ def answer_questions(model, questions: list[Question], images: list, cells: list
 
     answers: "gold" or "own", whose information the oracles measure.
     """
-    streams = [model.begin(image, question.prompt) for question, image in zip(questions, images)]
-    stream = together(streams)
+    stream = together([model.begin(image, question.prompt)
+                       for question, image in zip(questions, images)])
 
     @functools.cache
     def own_answers() -> list[str]:
@@ -125,7 +125,7 @@ def answer_questions(model, questions: list[Question], images: list, cells: list
         if answers == "gold" and method.needs_gold:
             return [question.gold_for(target) for question in questions]
         return [own or question.gold_for(target) for own, question in zip(own_answers(), questions)]
-    info = measure_beforehand(model, streams, layers_to_measure(cells), answers_for,
+    info = measure_beforehand(model, stream, layers_to_measure(cells), answers_for,
                               max_batch_tokens)
     seeds = [question.seed for question in questions]
     found = answer_cells(model, stream, cells, info, seeds, decoding, positions)

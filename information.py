@@ -27,7 +27,8 @@ from support.benchmarks import images_of, score
 from support.files import read_image
 from support.pictures import plot_information
 from support.run import RANK, collect, open_folder, provenance, settings_of, start, write_result
-from tokprune import KV, METHODS, Decoding, InputError, Stream, attention, decode, keep, prefill, together
+from tokprune import (KV, METHODS, Decoding, InputError, Stream, attention, decode, keep, prefill,
+                      some_of, together)
 
 MODES = ("keep-one", "leave-one-out")
 TARGETS = ("first", "answer", "each")
@@ -61,22 +62,61 @@ def token_information(model, stream: Stream, answer: str, layers: list[int], win
     All layers share one unpruned run. Rows before every removed token are not computed again: their
     keys and values come from it. Raises InputError.
     """
+    [values] = information_of_prompts(model, stream, [answer], layers, window, mode, target,
+                                      max_batch_tokens)
+    return values
+
+
+def information_of_prompts(model, stream: Stream, answers: list[str], layers: list[int],
+                           window: int = 2, mode: str = "keep-one", target: str = "first",
+                           max_batch_tokens: int = ROWS) -> list[Tensor]:
+    """Return `token_information` of each prompt of a stream, for its answer. Prompts whose answers
+    have equally many tokens share the unpruned run."""
     assert mode in MODES, f"mode is {mode!r}, want one of {MODES}"
     assert target in TARGETS, f"target is {target!r}, want one of {TARGETS}"
     assert stream.layer == 0, f"the stream is at layer {stream.layer}, want 0"
     check_grid(stream)
-    ids = model.answer_ids(answer)
-    if not ids:
-        raise InputError(f"information: the answer {answer!r} has no token; want one at least")
+    ids_of = [model.answer_ids(answer) for answer in answers]
+    if [] in ids_of:
+        empty = answers[ids_of.index([])]
+        raise InputError(f"information: the answer {empty!r} has no token; want one at least")
     if target == "first":
-        ids = ids[:1]
-    ids_at = [[token] for token in ids]
-    if target == "each":
-        ids_at.append(sorted(model.eos))                # any of several ids may end an answer
-    prompt = with_answer(model, stream, [tokens[0] for tokens in ids_at[:-1]])
-    streams = inputs_of_layers(model, prompt, layers)
-    full_stream = model.run(streams[-1])
-    groups = groups_of_windows(stream.grid, window, mode)
+        ids_of = [ids[:1] for ids in ids_of]
+    found = [None] * len(answers)
+    for prompts in of_equal_length(ids_of):
+        forced = torch.tensor([ids_of[p] for p in prompts], device=stream.x.device)
+        if target != "each":
+            forced = forced[:, :-1]                     # nothing is asked behind the last token
+        prompt_stream = with_answer(model, some_of(stream, prompts), forced)
+        streams = inputs_of_layers(model, prompt_stream, layers)
+        full_stream = model.run(streams[-1])
+        for i, p in enumerate(prompts):
+            ids_at = [[token] for token in ids_of[p]]
+            if target == "each":
+                ids_at.append(sorted(model.eos))        # any of several ids may end an answer
+            values = information_left(model, [some_of(s, [i]) for s in streams],
+                                      some_of(full_stream, [i]), ids_at, layers, window, mode,
+                                      max_batch_tokens)
+            found[p] = values if target == "each" else values.sum(-1)
+    return found
+
+
+def of_equal_length(ids_of: list[list[int]]) -> list[list[int]]:
+    """Group the numbers of the answers by their length."""
+    groups = {}
+    for p, ids in enumerate(ids_of):
+        groups.setdefault(len(ids), []).append(p)
+    return list(groups.values())
+
+
+def information_left(model, streams: list[Stream], full_stream: Stream, ids_at: list[list[int]],
+                     layers: list[int], window: int, mode: str, max_batch_tokens: int) -> Tensor:
+    """Return (len(layers), rows, cols, tokens): the terms of I(w, K) for each answer token.
+
+    streams: one prompt and its answer, unpruned, at the input of each layer; full_stream: past the
+    last.
+    """
+    groups = groups_of_windows(full_stream.grid, window, mode)
     values = torch.zeros(len(streams), sum(len(group.windows) for group in groups), len(ids_at))
     for group in groups:
         values[:, group.windows] = probabilities_left(
@@ -89,9 +129,8 @@ def token_information(model, stream: Stream, answer: str, layers: list[int], win
         values = probabilities(model, full_stream, ids_at).cpu() - values
     place = {stream.layer: i for i, stream in enumerate(streams)}
     values = values[[place[layer] for layer in layers]]
-    rows, cols = stream.grid
-    values = values.unflatten(1, (-(-rows // window), -(-cols // window)))
-    return values if target == "each" else values.sum(-1)
+    rows, cols = full_stream.grid
+    return values.unflatten(1, (-(-rows // window), -(-cols // window)))
 
 
 def check_grid(stream: Stream):
@@ -102,17 +141,13 @@ def check_grid(stream: Stream):
                          f"tokens of this model are not {rows} x {cols}")
 
 
-def with_answer(model, stream: Stream, ids: list[int]) -> Stream:
-    """Return a stream at layer 0 with an answer's tokens behind the prompt, for teacher forcing."""
-    answer_stream = model.append(stream, as_row(ids, stream))
+def with_answer(model, stream: Stream, ids: Tensor) -> Stream:
+    """Return a stream at layer 0 with an answer's tokens (P, n) behind each prompt, for teacher
+    forcing."""
+    answer_stream = model.append(stream, ids)
     x = torch.cat([stream.x, answer_stream.x], 1)
     pos = torch.cat([stream.pos, answer_stream.pos], -1)
     return replace(stream, x=x, pos=pos)
-
-
-def as_row(ids: list[int], stream: Stream) -> Tensor:
-    """Return token ids as (1, n), on the device of the stream."""
-    return torch.tensor([ids], dtype=torch.long, device=stream.x.device)
 
 
 def inputs_of_layers(model, stream: Stream, layers: list[int]) -> list[Stream]:
@@ -259,45 +294,58 @@ def per_token(values: Tensor, grid: tuple[int, int], window: int) -> Tensor:
 
 
 # ---- what methods need beforehand ----------------------------------------------------------------
-# Each is measured for one answer, from a stream at layer 0: {layer: values of the N visual tokens}.
+# Each is measured for an answer to each prompt of a stream at layer 0: (layers, N, ...) a prompt.
 
-def information_of_windows(model, stream: Stream, answer: str, layers: list[int],
-                           max_batch_tokens: int = ROWS) -> dict[int, Tensor]:
-    """Return (N,) by layer for the paper's oracle: the answer's first token, windows of 2x2."""
-    values = token_information(model, stream, answer, layers, 2, max_batch_tokens=max_batch_tokens)
-    return {layer: per_token(windows, stream.grid, 2) for layer, windows in zip(layers, values)}
-
-
-def information_of_tokens(model, stream: Stream, answer: str, layers: list[int],
-                          max_batch_tokens: int = ROWS) -> dict[int, Tensor]:
-    """Return (N, t) by layer: each answer token and the answer's end, of single visual tokens."""
-    values = token_information(model, stream, answer, layers, window=1, target="each",
-                               max_batch_tokens=max_batch_tokens)
-    return {layer: tokens.flatten(0, 1) for layer, tokens in zip(layers, values)}
+def information_of_windows(model, stream: Stream, answers: list[str], layers: list[int],
+                           max_batch_tokens: int = ROWS) -> list[Tensor]:
+    """Return (layers, N) a prompt for the paper's oracle: the answer's first token, windows of
+    2x2."""
+    found = information_of_prompts(model, stream, answers, layers,
+                                   max_batch_tokens=max_batch_tokens)
+    return [torch.stack([per_token(windows, stream.grid, 2) for windows in values])
+            for values in found]
 
 
-def attention_of_answer(model, stream: Stream, answer: str, layers: list[int],
-                        max_batch_tokens: int = ROWS) -> dict[int, Tensor]:
-    """Return (N, t) by layer: attention of the rows that write each token of the answer, in the
-    unpruned run, mean over heads and over the layers K and later. No batch: a row a token."""
+def information_of_tokens(model, stream: Stream, answers: list[str], layers: list[int],
+                          max_batch_tokens: int = ROWS) -> list[Tensor]:
+    """Return (layers, N, t) a prompt: each answer token and the answer's end, of single visual
+    tokens."""
+    found = information_of_prompts(model, stream, answers, layers, window=1, target="each",
+                                   max_batch_tokens=max_batch_tokens)
+    return [values.flatten(1, 2) for values in found]
+
+
+def attention_of_answer(model, stream: Stream, answers: list[str], layers: list[int],
+                        max_batch_tokens: int = ROWS) -> list[Tensor]:
+    """Return (layers, N, t) a prompt: attention of the rows that write each token of the answer, in
+    the unpruned run, mean over heads and over the layers K and later. No batch: a row a token."""
     full_stream = model.run(stream)
-    answer_stream = rows_that_write(model, stream, full_stream, model.answer_ids(answer))
     start, N = stream.visual
-    rows = torch.arange(answer_stream.x.shape[1])
-    attended = []                                                   # by layer, (N, t)
-    for layer in range(model.num_layers):
-        answer_stream = model.run(answer_stream, stop=layer + 1)
-        keys = answer_stream.cache[layer].keys[0]
-        probability = attention(answer_stream.queries[0], keys, rows)   # (H, t, rows so far)
-        attended.append(probability[:, :, start:start + N].mean(0).T)
-    return {layer: torch.stack(attended[layer:]).mean(0) for layer in layers}
+    ids_of = [model.answer_ids(answer) for answer in answers]
+    found = [None] * len(answers)
+    for prompts in of_equal_length(ids_of):
+        ids = torch.tensor([ids_of[p] for p in prompts], dtype=torch.long, device=stream.x.device)
+        answer_stream = rows_that_write(model, some_of(stream, prompts),
+                                        some_of(full_stream, prompts), ids)
+        rows = torch.arange(answer_stream.x.shape[1])
+        attended = []                                               # by layer, (prompts, N, t)
+        for layer in range(model.num_layers):
+            answer_stream = model.run(answer_stream, stop=layer + 1)
+            keys = answer_stream.cache[layer].keys
+            of_prompts = [attention(q, k, rows)[:, :, start:start + N].mean(0).T
+                          for q, k in zip(answer_stream.queries, keys)]
+            attended.append(torch.stack(of_prompts))
+        for i, p in enumerate(prompts):
+            found[p] = torch.stack([torch.stack(attended[layer:])[:, i].mean(0)
+                                    for layer in layers])
+    return found
 
 
-def rows_that_write(model, stream: Stream, full_stream: Stream, ids: list[int]) -> Stream:
-    """Return the rows that write an answer, at layer 0: the last prompt row, which writes the first
-    token, and the answer's tokens but the last. The rows before them are in the cache, which the
-    unpruned run has."""
-    answer_stream = model.append(full_stream, as_row(ids[:-1], stream))
+def rows_that_write(model, stream: Stream, full_stream: Stream, ids: Tensor) -> Stream:
+    """Return the rows that write the answers (P, n), at layer 0: the last prompt row, which writes
+    the first token, and the answer's tokens but the last. The rows before them are in the cache,
+    which the unpruned run has."""
+    answer_stream = model.append(full_stream, ids[:, :-1])
     x = torch.cat([stream.x[:, -1:], answer_stream.x], 1)
     pos = torch.cat([stream.pos[..., -1:], answer_stream.pos], -1)
     cache = [KV(kv.keys[:, :, :-1], kv.values[:, :, :-1]) for kv in full_stream.cache]
@@ -306,8 +354,8 @@ def rows_that_write(model, stream: Stream, full_stream: Stream, ids: list[int]) 
 
 @dataclass(frozen=True)
 class Measure:
-    """What a method may need beforehand: a function of the stream and an answer."""
-    function: Callable      # (model, stream, answer, layers, max_batch_tokens) -> {layer: values}
+    """What a method may need beforehand: a function of a stream and an answer to each prompt."""
+    function: Callable      # (model, stream, answers, layers, max_batch_tokens) -> values a prompt
     target: str             # which gold answer it is for: "first", or "answer" as a whole
 
 
@@ -316,30 +364,30 @@ MEASURES = {"windows": Measure(information_of_windows, "first"),
             "attention": Measure(attention_of_answer, "answer")}
 
 
-def measure_beforehand(model, streams: list[Stream], layers_of: dict[str, set[int]], answers_for,
+def measure_beforehand(model, stream: Stream, layers_of: dict[str, set[int]], answers_for,
                        max_batch_tokens: int = ROWS) -> dict[int, dict[str, list[Tensor]]]:
-    """Return {layer: {method: values of the N visual tokens of each prompt}}, as `prefill` takes it.
+    """Return {layer: {method: values of the N visual tokens, a prompt}}, as `prefill` takes it.
 
-    streams: at layer 0. layers_of: where each method prunes. answers_for(method) -> the answer to
+    stream: at layer 0. layers_of: where each method prunes. answers_for(method) -> the answer to
     each prompt that it measures.
     """
     info = {}
-    for name, layers in layers_of.items():
+    for name, at in layers_of.items():
         method = METHODS[name]
         if method.measure:
+            layers = sorted(at)
             measure = MEASURES[method.measure].function
-            for stream, answer in zip(streams, answers_for(method), strict=True):
-                values = measure(model, stream, answer, sorted(layers), max_batch_tokens)
-                for layer in layers:
-                    info.setdefault(layer, {}).setdefault(name, []).append(values[layer])
+            found = measure(model, stream, answers_for(method), layers, max_batch_tokens)
+            for i, layer in enumerate(layers):
+                info.setdefault(layer, {})[name] = [values[i] for values in found]
     return info
 
 
 # ---- the horizon ---------------------------------------------------------------------------------
 
 def horizon(curve, full: float, tolerance: float = 0.01) -> int:
-    """Find the first layer from which on dropping every visual token never costs more than `tolerance`
-    of the full score, the unpruned model's. The paper gives no rule; this one is ours.
+    """Find the first layer from which on dropping every visual token never costs more than
+    `tolerance` of the full score, the unpruned model's. The paper gives no rule; this one is ours.
 
     curve: the score with all dropped at the input of layer 0, 1, ... -> len(curve) if none, which
     is also so where the full score is 0: nothing can be lost.
@@ -374,8 +422,9 @@ def divergence_without_image(model, stream: Stream, answer: str) -> list[float]:
     ids = model.answer_ids(answer)
     if not ids:
         return [0.0] * model.num_layers
-    prompt = with_answer(model, stream, ids[:-1])
-    streams = inputs_of_layers(model, prompt, range(model.num_layers))
+    answer_ids = torch.tensor([ids[:-1]], dtype=torch.long, device=stream.x.device)
+    prompt_stream = with_answer(model, stream, answer_ids)
+    streams = inputs_of_layers(model, prompt_stream, range(model.num_layers))
     full_stream = model.run(streams[-1])
     nothing = torch.zeros(1, 0, dtype=torch.long)
     without_streams = run_together(model, streams, full_stream, 0, nothing)
@@ -389,8 +438,9 @@ def divergence_without_image(model, stream: Stream, answer: str) -> list[float]:
 
 
 def divergence_horizon(curve, threshold: float = 0.002) -> int:
-    """Find the horizon without gold answers: the first layer from which on the mean divergence is at
-    most `threshold` of layer 0's. Ours; the threshold was chosen after seeing the built-in models.
+    """Find the horizon without gold answers: the first layer from which on the mean divergence is
+    at most `threshold` of layer 0's. Ours; the threshold was chosen after seeing the built-in
+    models.
     """
     layer = len(curve)
     while layer > 0 and curve[layer - 1] <= threshold * curve[0]:

@@ -119,6 +119,18 @@ def together(streams: list[Stream]) -> Stream:
         planes=tuple(torch.cat(planes) for planes in zip(*(s.planes for s in streams))))
 
 
+def some_of(stream: Stream, prompts: list[int]) -> Stream:
+    """Return some of a stream's prompts, each of one variant: the inverse of `together`."""
+    def of(t: Tensor, dim: int = 0) -> Tensor:
+        if t.shape[dim] == 1:
+            return t
+        return t.index_select(dim, torch.tensor(prompts, device=t.device))
+    cache = [kv and KV(of(kv.keys), of(kv.values)) for kv in stream.cache]
+    return replace(stream, x=of(stream.x), pos=of(stream.pos, -2), origin=of(stream.origin),
+                   cache=cache, queries=None, ids=of(stream.ids), embeds=of(stream.embeds),
+                   saliency=lambda: of(stream.saliency()), planes=tuple(map(of, stream.planes)))
+
+
 # ---- pruning -------------------------------------------------------------------------------------
 
 def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 0,

@@ -244,7 +244,7 @@ def test_prompts_together_are_pruned_and_answered_as_each_alone(model, layer):
     streams = [model.begin(one, QUESTIONS[0]) for one in pictures]
     names = [name for name, method in METHODS.items()
              if not method.keeps_none and (layer or not method.needs_layer)]
-    info = information.measure_beforehand(model, streams, {name: {layer} for name in names},
+    info = information.measure_beforehand(model, together(streams), {name: {layer} for name in names},
                                           lambda method: ["Yes", "No, a dog"])
     schedule = [(layer, names * 2, 3)]
     both_stream = prefill(model, together(streams), schedule, list(range(2 * len(names))), info)
@@ -300,7 +300,7 @@ def pruned_fork(fork, start, method, n):
     info = None
     if METHODS[method].measure:
         measure = information.MEASURES[METHODS[method].measure].function
-        info = {method: [measure(fork, start, "Yes", [1])[1]]}
+        info = {method: [measure(fork, start, ["Yes"], [1])[0][0]]}
     return stream, prune(fork, stream, method, n, info=info)
 
 

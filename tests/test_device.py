@@ -82,7 +82,8 @@ def main_path(model):
     start = model.begin(images()["wide"], QUESTIONS[0])
     streams = [start, model.begin(images()["wide"], QUESTIONS[0])]
     reached = model.run(together(streams), stop=1)
-    info = information.measure_beforehand(model, streams, {method: {1} for method in METHODS},
+    info = information.measure_beforehand(model, together(streams),
+                                          {method: {1} for method in METHODS},
                                           lambda method: ["Yes", "No"])
     found = []
     for method in METHODS:
@@ -110,7 +111,7 @@ def test_a_selection_waits_for_the_device_no_more_often_for_more_tokens(model, m
     with SimulatedGPU() as device:
         start = model.begin(images()["wide"], QUESTIONS[0])
         reached = model.run(start, stop=1)
-        info = information.measure_beforehand(model, [start], {method: {1}}, lambda _: ["Yes"])
+        info = information.measure_beforehand(model, start, {method: {1}}, lambda _: ["Yes"])
         waits = []
         for n in (6, start.N - 2):
             before = device.waits

@@ -173,7 +173,7 @@ def test_a_new_method_without_gold_measures_the_models_own_answer(run, tmp_path,
         question = known[record["id"]]
         start = model.begin(read_image(question.image), question.prompt)
         own = record["answers"]["unpruned"]
-        info = {20: {"mine": [information_of_tokens(model, start, own, [20])[20]]}}
+        info = {20: {"mine": information_of_tokens(model, start, [own], [20])[0]}}
         want = decode(model, prefill(model, start, [(20, "mine", 0.9)], question.seed, info))[0]
         assert record["answers"]["mine@20:0.9 seed 0"] == want
 

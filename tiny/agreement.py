@@ -35,11 +35,11 @@ def correlations(model, question) -> dict[str, list[float]]:
     def information(answer, mode="keep-one", target="answer"):
         return token_information(model, stream, answer, LAYERS, 1, mode, target).flatten(1)
     exact = information(question.gold_written)                              # (len(LAYERS), N)
-    attended = attention_of_answer(model, stream, own, LAYERS)
+    [attended] = attention_of_answer(model, stream, [own], LAYERS)
     scores = {
         "information of the first token": information(question.gold_normalized, target="first"),
         "leave-one-out information": information(question.gold_written, mode="leave-one-out"),
-        "attention of the own answer, as hindsight": [attended[K].sum(1) for K in LAYERS]}
+        "attention of the own answer, as hindsight": [of_layer.sum(1) for of_layer in attended]}
     reached = stream
     for layer in LAYERS:
         reached = model.run(reached, stop=layer)
