@@ -130,7 +130,7 @@ def horizon_of(answers: list[str], unpruned: str) -> int:
 
 def make_page(args):
     """Measure every method at every layer, of the question asked or of the bundled ones, and write
-    the page. The bundled ones are asked of both built-in models, where one of them is at hand."""
+    the page. The bundled ones are asked of both built-in models, unless --model is another."""
     folders = [args.model]
     asked = [(args.image, args.question, args.answer)]
     guide = []
@@ -138,8 +138,9 @@ def make_page(args):
         explore = read_json(EXPLORE)
         asked = [(ROOT / "tiny" / entry["image"], entry["question"], entry["gold"])
                  for entry in explore["questions"]]
-        if args.model in [ROOT / name for name in explore["models"]]:
-            folders = [ROOT / name for name in explore["models"]]
+        built_in = [ROOT / name for name in explore["models"]]
+        if args.model.resolve() in built_in:
+            folders = built_in
             guide = explore["guide"] if is_untouched(args) else []
     questions = [[] for _ in asked]
     for folder in folders:
@@ -193,7 +194,6 @@ def measure_every_layer(model, image: Image.Image, question: str, gold: str | No
     began = time.time()
     reached = stream
     for layer in range(L):
-        progress("layer", layer, L, began)
         reached = model.run(reached, stop=layer)
         if layer > 0:
             last = torch.tensor([reached.x.shape[1] - 1])
@@ -205,7 +205,7 @@ def measure_every_layer(model, image: Image.Image, question: str, gold: str | No
             for name, answer, origin in zip(batch, found, pruned_stream.origin):
                 answers[name][layer] = answer
                 kept[name][layer, origin.tolist()] = True
-    progress("layer", L, L, began)
+        progress("layer", layer + 1, L, began)
     said = {unpruned, *(answer for row in answers.values() for answer in row if answer is not None)}
     return Measured(question, gold, model.canvas(image), stream.grid, unpruned, answers, kept,
                     right={answer for answer in said if is_right(answer, gold or unpruned)},

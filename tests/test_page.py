@@ -251,13 +251,16 @@ def test_every_field_that_the_script_reads_of_a_question_is_in_the_data_block():
 
 # ---- the command ---------------------------------------------------------------------------------
 
-def test_the_command_writes_a_page_of_one_s_own_question(tmp_path, capsys):
-    """The image and the question come from the user; the printed command asks the same again."""
+def test_the_command_writes_a_page_of_one_s_own_question(tmp_path, capsys, monkeypatch):
+    """The image and the question come from the user; the printed command asks the same again. The
+    progress line begins at layer 1 of 24: at 0 it would divide by zero where a terminal shows it."""
     file = tmp_path / "cat.html"
+    layers = []
+    monkeypatch.setattr(demo, "progress", lambda what, number, of, began: layers.append(number))
     argv = ["--image", str(demo.PICTURE), "--question", "Is there a star in this image?",
             "--method", "grid", "--page", str(file)]
     demo.main(argv)
-    assert f"page: {file} (" in capsys.readouterr().out
+    assert f"page: {file} (" in capsys.readouterr().out and layers == list(range(1, 25))
     data = block_of(file.read_text("utf-8"))
     [[entry]] = data["questions"]
     assert list(entry["methods"]) == ["none", "grid"] and data["guide"] == []
