@@ -63,6 +63,8 @@ def settings_of(args, model, data: dict) -> dict:
     for bound in ("min_pixels", "max_pixels"):
         settings[bound] = getattr(model.config, bound, None)
     code = [*ENGINE, f"{type(model).__module__}.py", args.command.split()[0]]
+    if "plan.py" in code:
+        code.append("eval.py")                          # whose loop it answers by
     questions = {name: short_hash([question.identity for question in of_benchmark])
                  for name, of_benchmark in data.items()}
     return settings | {
