@@ -394,7 +394,7 @@ class Config:
     vision: VisionConfig
     image_token: int = 32000
     tie_word_embeddings: bool = False
-    vision_feature_layer: int = -2
+    vision_feature_layer: int = -2      # of CLIP: the hidden state behind its last block but one
 
     @property
     def side(self) -> int:
@@ -403,10 +403,8 @@ class Config:
 
     @property
     def vision_blocks(self) -> int:
-        """Return how many CLIP blocks run: hidden state 0 lies before the first, so -2 of 24 is 23.
-        """
-        layer = self.vision_feature_layer
-        return layer if layer >= 0 else self.vision.num_hidden_layers + 1 + layer
+        """Return how many CLIP blocks run: all of them for -1, 23 of 24 for -2."""
+        return self.vision.num_hidden_layers + 1 + self.vision_feature_layer
 
 
 # what a folder may ask for, and what is implemented of it
@@ -415,10 +413,8 @@ RULES = [("config.json", "text_config.model_type", "llama", "mistral"),
          ("config.json", "vision_config.model_type", "clip_vision_model"),
          ("config.json", "vision_config.hidden_act", "quick_gelu"),
          ("config.json", "projector_hidden_act", "gelu"),
-         ("config.json", "vision_feature_select_strategy", "default"),
-         ("processor_config.json", "image_token", IMAGE),
-         ("tokenizer_config.json", "add_bos_token", True),
-         ("tokenizer_config.json", "add_eos_token", False)]
+         ("config.json", "vision_feature_layer", -2, -1),
+         ("config.json", "vision_feature_select_strategy", "default")]
 # where transformers' defaults are not LLaMA's
 MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
            "sliding_window": 4096}
@@ -427,38 +423,26 @@ MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_e
 def read_config(path: Path) -> Config:
     """Read config.json of a LLaVA-1.5 folder, in any form transformers has written it. Raises
     InputError."""
-    raw = checkpoint.read_entries(path, "llava")
-    checkpoint.check_entries(path, RULES)
-    checkpoint.check_template(path, PROMPT)
-    file = path / "config.json"
-    text = checkpoint.with_rope(checkpoint.section(raw, "text_config", file), path)
+    raw, text, vision = checkpoint.read_sections(path, "llava", RULES, PROMPT)
+    window = None
     if text.get("model_type") == "mistral":
         text = MISTRAL | text
-    vision = checkpoint.section(raw, "vision_config", file)
+        window = text["sliding_window"]
     config = Config(text=checkpoint.fill(TextConfig, text, path),
                     vision=checkpoint.fill(VisionConfig, vision, path),
                     image_token=raw.get("image_token_index", raw.get("image_token_id", 32000)),
-                    tie_word_embeddings=checkpoint.is_tied(raw, text),
+                    tie_word_embeddings=raw["tie_word_embeddings"],
                     vision_feature_layer=raw.get("vision_feature_layer", -2))
+    if window is not None:
+        checkpoint.check_entry(path / "config.json", "sliding_window", window, int)
+        # no prompt may reach past it: the attention here has no window
+        limit = min(window, config.text.max_position_embeddings)
+        config.text.max_position_embeddings = limit
     side = config.vision.image_size
     square = {"height": side, "width": side}
     checkpoint.check_entries(path, checkpoint.processor_rules(
         CLIP_MEAN, CLIP_STD, size=[side, square, {"shortest_edge": side}],
         crop_size=[side, square]))
-    window = text.get("sliding_window")
-    if text.get("model_type") == "mistral" and window is not None:
-        checkpoint.check_entry("sliding_window", window, int, path)
-        # no prompt may reach past it: the attention here has no window
-        limit = min(window, config.text.max_position_embeddings)
-        config.text.max_position_embeddings = limit
-        if limit <= config.side ** 2:
-            raise InputError(f"{file}: text_config.sliding_window is {window}, and an image alone "
-                             f"has {config.side ** 2} tokens; want a window that no prompt fills")
-    layer = config.vision_feature_layer
-    blocks = config.vision.num_hidden_layers
-    if type(layer) is not int or not 1 <= config.vision_blocks <= blocks:
-        raise InputError(f"{file}: vision_feature_layer is {layer!r}, of {blocks} layers; want one "
-                         "after the first block")
     return config
 
 
@@ -486,8 +470,7 @@ def load(path, device=None, dtype=None) -> Llava:
     model has to fit one device: 7B takes 14 GB in bfloat16, 13B 27 GB. Raises InputError.
     """
     config = read_config(Path(path))
-    ignored = IGNORED
-    for block in range(config.vision_blocks, config.vision.num_hidden_layers):  # never built
-        ignored += rf"|vision_tower\.encoder\.layers\.{block}\."
+    # a last block that is never built
+    ignored = rf"{IGNORED}|vision_tower\.encoder\.layers\.{config.vision_blocks}\."
     return checkpoint.load(Llava, config, path, device, dtype, RENAMES, ignored, EOS, IMAGE,
                            first="<s>")

@@ -475,10 +475,7 @@ RULES = [("config.json", "text_config.hidden_act", "silu"),
          ("config.json", "hidden_act", "silu"),
          ("config.json", "text_config.use_sliding_window", False),
          ("config.json", "use_sliding_window", False),
-         ("config.json", "vision_config.hidden_act", "silu"),
-         ("processor_config.json", "image_token", IMAGE),
-         ("tokenizer_config.json", "add_bos_token", False),
-         ("tokenizer_config.json", "add_eos_token", False)]
+         ("config.json", "vision_config.hidden_act", "silu")]
 
 
 def read_config(path: Path, min_pixels: int | None = None,
@@ -487,18 +484,12 @@ def read_config(path: Path, min_pixels: int | None = None,
 
     min_pixels, max_pixels: instead of the folder's. Raises InputError.
     """
-    raw = checkpoint.read_entries(path, "qwen2_5_vl")
-    checkpoint.check_entries(path, RULES)
-    checkpoint.check_template(path, PROMPT)
-    file = path / "config.json"
-    text = checkpoint.section(raw, "text_config", file) or raw      # published: at the root
-    text = checkpoint.with_rope(text, path)
-    vision = checkpoint.section(raw, "vision_config", file)
+    raw, text, vision = checkpoint.read_sections(path, "qwen2_5_vl", RULES, PROMPT)
     bounds = checkpoint.read_bounds(path, min_pixels=min_pixels, max_pixels=max_pixels)
     config = Config(text=checkpoint.fill(TextConfig, text, path),
                     vision=checkpoint.fill(VisionConfig, vision, path),
                     image_token=raw.get("image_token_id", 151655),
-                    tie_word_embeddings=checkpoint.is_tied(raw, text), **bounds)
+                    tie_word_embeddings=raw["tie_word_embeddings"], **bounds)
     c = config.vision
     checkpoint.check_entries(path, checkpoint.processor_rules(
         CLIP_MEAN, CLIP_STD, patch_size=[c.patch_size], merge_size=[c.spatial_merge_size],

@@ -500,10 +500,7 @@ class Config:
 
 # what a folder may ask for, and what is implemented of it
 RULES = [("config.json", "text_config.hidden_act", "silu"),
-         ("config.json", "vision_config.hidden_act", "gelu_pytorch_tanh"),
-         ("processor_config.json", "image_token", IMAGE),
-         ("tokenizer_config.json", "add_bos_token", False),
-         ("tokenizer_config.json", "add_eos_token", False)]
+         ("config.json", "vision_config.hidden_act", "gelu_pytorch_tanh")]
 
 
 def read_config(path: Path, min_pixels: int | None = None,
@@ -512,17 +509,12 @@ def read_config(path: Path, min_pixels: int | None = None,
 
     min_pixels, max_pixels: instead of the folder's. Raises InputError.
     """
-    raw = checkpoint.read_entries(path, "qwen3_vl")
-    checkpoint.check_entries(path, RULES)
-    checkpoint.check_template(path, PROMPT)
-    file = path / "config.json"
-    text = checkpoint.with_rope(checkpoint.section(raw, "text_config", file), path)
-    vision = checkpoint.section(raw, "vision_config", file)
+    raw, text, vision = checkpoint.read_sections(path, "qwen3_vl", RULES, PROMPT)
     bounds = checkpoint.read_bounds(path, min_pixels=min_pixels, max_pixels=max_pixels)
     config = Config(text=checkpoint.fill(TextConfig, text, path),
                     vision=checkpoint.fill(VisionConfig, vision, path),
                     image_token=raw.get("image_token_id", 151655),
-                    tie_word_embeddings=checkpoint.is_tied(raw, text), **bounds)
+                    tie_word_embeddings=raw["tie_word_embeddings"], **bounds)
     c = config.vision
     checkpoint.check_entries(path, checkpoint.processor_rules(
         MEAN, STD, patch_size=[c.patch_size], merge_size=[c.spatial_merge_size],

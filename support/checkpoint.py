@@ -1,6 +1,5 @@
 """A checkpoint folder as published: config.json, tokenizer.json, safetensors in one file or several
-shards. It is read strictly, or refused in one line, for every model file.
-"""
+shards. It is read strictly, or refused in one line, for every model file."""
 import importlib
 import inspect
 import os
@@ -22,30 +21,30 @@ from tokprune import InputError
 # config.json's model_type -> the file that implements it; nothing else knows which models exist
 MODELS = {"llava": "model_llava", "qwen2_5_vl": "model_qwen", "qwen3_vl": "model_qwen3"}
 # what reads like one of them and is another model -> why it is refused, and what to use instead
+DENSE = "want a dense Qwen3-VL: 2B, 4B, 8B or 32B"
 REFUSED = {
     "llava_llama": "the original layout, with its own names and no vision tower inside; want the "
                    "converted folder, e.g. llava-hf/llava-1.5-7b-hf",
-    "qwen3_vl_moe": "a mixture of experts, whose MLPs are not implemented; want a dense Qwen3-VL: "
-                    "2B, 4B, 8B or 32B",
+    "qwen3_vl_moe": f"a mixture of experts, whose MLPs are not implemented; {DENSE}",
     "qwen3_5": "three of four of its layers are linear attention: dropping rows would change the "
                "state of every later row, and most layers have no attention to score tokens by; "
-               "want a dense Qwen3-VL",
-    "qwen3_5_moe": "a mixture of experts, and mostly linear attention; want a dense Qwen3-VL"}
+               + DENSE,
+    "qwen3_5_moe": f"a mixture of experts, and mostly linear attention; {DENSE}"}
+# a rotary embedding that is not scaled, where transformers 4 and 5 say so; Qwen2.5-VL at the root
+ROPE_RULES = [("config.json", f"{place}{rope}.{key}", "default", "mrope")
+              for place in ("text_config.", "") for rope in ("rope_scaling", "rope_parameters")
+              for key in ("rope_type", "type")]
 
 
 def load_model(path: Path, device=None, dtype=None, **bounds):
-    """Return the model of a folder, or of a name in the Hugging Face cache, by the file that
-    implements it.
-
-    bounds: min_pixels and max_pixels, for a model that has them. Raises InputError.
-    """
+    """Return the model of a folder, or of a name in the Hugging Face cache. bounds: min_pixels and
+    max_pixels, for a model that has them. Raises InputError."""
     path = find_folder(path)
     module = module_of(path)
     for name in bounds:
         if name not in inspect.signature(module.load).parameters:
-            kind = read_entries(path)["model_type"]
-            raise InputError(f"{name} is {bounds[name]}: model_type {kind!r} in {path} has no such "
-                             "bound, it sees every image at one size")
+            raise InputError(f"{name} is {bounds[name]}: the model of {path} has no such bound, it "
+                             "sees every image at one size")
     return module.load(path, device, dtype, **bounds)
 
 
@@ -62,12 +61,10 @@ def module_of(path: Path):
 
 def load(model_class, config, path, device, dtype, renames: list, ignored: str, eos: list[int],
          image: str, first: str | None = None):
-    """Return the model of a folder, its weights on the device, ready to run.
+    """Return the model of a folder, its weights on the device, ready to run. Raises InputError.
 
-    device: CUDA if there is one, else the CPU. dtype: bfloat16 on CUDA, float32 on the CPU.
     renames, ignored: see `load_weights`. eos: where the folder does not say what ends an answer.
-    image: the token that stands for the image. first: the token before every prompt. Raises
-    InputError.
+    image: the token that stands for the image. first: the token before every prompt.
     """
     path = Path(path)
     device, dtype = device_and_dtype(device, dtype)
@@ -78,11 +75,8 @@ def load(model_class, config, path, device, dtype, renames: list, ignored: str, 
 
 
 def device_and_dtype(device, dtype) -> tuple:
-    """Return both, or their defaults: CUDA if there is a device, else the CPU; bfloat16 on CUDA,
-    float32 on the CPU.
-
-    On CUDA it also switches off two of cuDNN's ways, for the whole process.
-    """
+    """Return both, or their defaults: CUDA if there is one, else the CPU; bfloat16 on CUDA, float32
+    on the CPU. On CUDA, switch off two of cuDNN's ways for the whole process."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -98,12 +92,10 @@ def device_and_dtype(device, dtype) -> tuple:
 # ---- the folder ----------------------------------------------------------------------------------
 
 def find_folder(path: Path) -> Path:
-    """Return the folder itself, or the snapshot of it in the Hugging Face cache: for a name as
+    """Return the folder itself, or its snapshot in the Hugging Face cache: for a name such as
     llava-hf/llava-1.5-7b-hf that is no folder here, and for a path to models--org--name. Nothing
-    is ever downloaded. Raises InputError.
-    """
-    path = Path(path)
-    repository = path
+    is downloaded. Raises InputError."""
+    path = repository = Path(path)
     where = "; want a checkpoint folder with config.json and *.safetensors"
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
         cache, variable = hugging_face_cache()
@@ -114,10 +106,10 @@ def find_folder(path: Path) -> Path:
     if not repository.name.startswith("models--") or (repository / "config.json").exists():
         return repository
     snapshots = sorted(repository.glob("snapshots/[!.]*/"))
-    main = repository / "refs" / "main"
+    main = repository / "refs/main"
     if main.exists():
-        wanted = repository / "snapshots" / read_text(main).strip()
-        snapshots = [wanted] if wanted in snapshots else snapshots
+        named = repository / "snapshots" / read_text(main).strip()
+        snapshots = [named] if named in snapshots else snapshots
     if len(snapshots) != 1:
         names = ", ".join(snapshot.name for snapshot in snapshots) or "none"
         raise InputError(f"{repository}: snapshots are {names}, and refs/main names none of them; "
@@ -135,8 +127,8 @@ def hugging_face_cache() -> tuple[Path, str]:
 
 
 def how_to_download(path: Path) -> str:
-    """Return what to say where a file of the cache is not there, "" for any other folder. path: a
-    repository in the cache, or a snapshot of it."""
+    """Return what to say where a file is missing: the command, for a repository in the cache or a
+    snapshot of it, else ""."""
     for folder in (path, *path.parents[1:2]):
         if folder.name.startswith("models--"):
             name = folder.name.removeprefix("models--").replace("--", "/")
@@ -145,11 +137,9 @@ def how_to_download(path: Path) -> str:
 
 
 def is_there(file: Path) -> bool:
-    """Tell whether a folder has that file. Raises InputError if it is a link to one that is gone.
-    """
+    """Tell whether the file is there. Raises InputError if it is a link to one that is gone."""
     if file.is_symlink() and not file.exists():
-        raise InputError(f"{file}: a link to a file that is gone"
-                         f"{how_to_download(file.parent)}")
+        raise InputError(f"{file}: a link to a file that is gone{how_to_download(file.parent)}")
     return file.exists()
 
 
@@ -157,25 +147,33 @@ def entries_of(path: Path, name: str) -> tuple[Path, dict]:
     """Return a file of a folder and its entries, without those that are null; none if it is not
     there. Raises InputError.
 
-    preprocessor_config.json may be nested in processor_config.json, which then counts, as in
-    transformers; of an entry that it lacks, transformers takes CLIP's mean and std.
+    As in transformers, an image_processor in processor_config.json counts before
+    preprocessor_config.json, and its mean and std are CLIP's where it has none.
     """
     file = path / name
     found = read_json(file) if is_there(file) else {}
-    clip = {}
     if name == "preprocessor_config.json":
-        nested, of_processor = entries_of(path, "processor_config.json")
+        outer, of_processor = entries_of(path, "processor_config.json")
         if "image_processor" in of_processor:
-            file = nested
+            file = outer
             found = section(of_processor, "image_processor", file)
-        if found:
-            clip = {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
-    return file, clip | {entry: value for entry, value in found.items() if value is not None}
+    found = {entry: value for entry, value in found.items() if value is not None}
+    if found and name == "preprocessor_config.json":
+        found = {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)} | found
+    return file, found
+
+
+def section(raw: dict, name: str, file: Path) -> dict:
+    """Return a section of a JSON file, empty if it is not there. Raises InputError."""
+    value = raw.get(name) or {}
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: {name} is {value!r}, want an object")
+    return value
 
 
 def check_entries(path: Path, rules: list[tuple]):
-    """Raise InputError where a folder asks for what is not implemented: a rule is a file, an entry
-    ("text_config.hidden_act") and its values that are. An entry that is not there asks nothing."""
+    """Raise InputError where a folder asks for what is not implemented. A rule is a file, an entry
+    ("text_config.hidden_act") and the values that are; an entry that is not there asks nothing."""
     for name, entry, *values in rules:
         file, found = entries_of(path, name)
         for part in entry.split("."):
@@ -186,8 +184,8 @@ def check_entries(path: Path, rules: list[tuple]):
 
 
 def processor_rules(mean: tuple, std: tuple, **entries: list) -> list[tuple]:
-    """Return the rules of an image processor with that mean and std, and those values of entries of
-    its own."""
+    """Return the rules of an image processor with that mean and std. entries: its own, and their
+    values."""
     values = {"image_mean": [list(mean)], "image_std": [list(std)], "rescale_factor": [1 / 255],
               "resample": [Image.BICUBIC], "do_resize": [True], "do_rescale": [True],
               "do_normalize": [True], "do_convert_rgb": [True]} | entries
@@ -198,18 +196,18 @@ def check_template(path: Path, prompt: str):
     """Raise InputError where the folder's chat template opens an answer, or a conversation, with
     other words than the prompt: it is of a model that thinks first, or of another language model.
     """
-    template = None
-    # transformers' order
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja",
-                 "tokenizer_config.json"):
-        if template is None and is_there(path / name):
-            file = path / name
+                 "tokenizer_config.json"):                          # transformers' order
+        file = path / name
+        if is_there(file):
             template = (read_text(file) if file.suffix == ".jinja"
-                        else read_json(file).get("chat_template"))
-    if template is None:
+                        else str(read_json(file).get("chat_template") or ""))
+            if template:
+                break
+    else:
         return
-    opens = re.findall(r"add_generation_prompt.*?%\}(.*?)\{%-?\s*endif", str(template), re.S)
-    opened = re.sub(r"\{\{-?|-?\}\}|['\"]", "", opens[-1] if opens else "").strip()
+    opens = re.findall(r"add_generation_prompt.*?%\}(.*?)\{%-?\s*endif", template, re.S)
+    opened = re.sub(r"\{\{-?|-?\}\}|['\"]", "", opens[-1] if opens else "")
     opened = opened.replace("\\n", "\n").strip()
     want = prompt.split("{question}")[1].removeprefix("<|im_end|>").strip()
     if opened != want:
@@ -217,9 +215,9 @@ def check_template(path: Path, prompt: str):
                          f"{want!r}; no model that thinks first, and none with another template, "
                          "is implemented")
     system = r"<\|im_start\|>system(?:\n|\\n)([^{<'\"]+)<\|im_end\|>"
-    said, wanted = (sorted(set(re.findall(system, text))) for text in (str(template), prompt))
-    if said != wanted:
-        raise InputError(f"{file}: the chat template's system turn is {said}, want {wanted}")
+    turns, want = (sorted(set(re.findall(system, text))) for text in (template, prompt))
+    if turns != want:
+        raise InputError(f"{file}: the chat template's system turn is {turns}, want {want}")
 
 
 def check_length(rows: int, config):
@@ -227,19 +225,14 @@ def check_length(rows: int, config):
     limit = config.text.max_position_embeddings
     if rows > limit:
         raise InputError(f"prompt has {rows} tokens, longer than the {limit} that the model takes "
-                         "(max_position_embeddings in config.json)")
+                         "(max_position_embeddings or sliding_window in config.json)")
 
 
 # ---- config.json ---------------------------------------------------------------------------------
 
 def read_entries(path: Path, want: str | None = None) -> dict:
-    """Return what config.json of a folder holds, without the entries that are null.
-
-    want: the model_type that it must have; else one of MODELS. Raises InputError.
-    """
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder; want a checkpoint folder with config.json and "
-                         "*.safetensors")
+    """Return what config.json of a folder holds, without the entries that are null. want: the
+    model_type that it must have; else one of MODELS. Raises InputError."""
     file, adapter = entries_of(path, "adapter_config.json")
     if adapter:
         raise InputError(f"{file}: an adapter of {adapter.get('base_model_name_or_path')}; want it "
@@ -260,94 +253,70 @@ def read_entries(path: Path, want: str | None = None) -> dict:
     return raw
 
 
-def section(raw: dict, name: str, file: Path) -> dict:
-    """Return a section of a JSON file, empty if it is not there. Raises InputError."""
-    value = raw.get(name) or {}
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: {name} is {value!r}, want an object")
-    return value
-
-
-def with_rope(text: dict, path: Path) -> dict:
-    """Return the text config with the entries of its rotary embedding, which transformers 4 keeps
-    in rope_scaling and transformers 5 in rope_parameters. Raises InputError if it is scaled."""
-    file = path / "config.json"
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = section(text, name, file)
-        for key in ("rope_type", "type"):
-            if rope.get(key, "default") not in ("default", "mrope"):
-                raise InputError(f"{file}: {key} of the rotary embedding is {rope[key]!r}, want "
-                                 "'default' or 'mrope'; nothing else is implemented")
-        text = text | {key: value for key, value in rope.items() if value is not None}
-    return text
-
-
-def fill(cls, raw: dict, path: Path):
-    """Return the dataclass, from the entries it has a field for; null means left out.
-
-    Raises InputError where an entry is not of the field's type, or is missing and has no default.
-    """
-    values = {}
-    for field in fields(cls):
-        value = raw.get(field.name)
-        if value is not None:
-            check_entry(field.name, value, field.type, path)
-            values[field.name] = value
-        elif field.default is MISSING:
-            raise InputError(f"{path}/config.json: {field.name} is not there, and has no default")
-    return cls(**values)
-
-
-def check_entry(name: str, value, kind: type, path: Path):
-    """Raise InputError unless the value is of that kind. Numbers are above 0, a tuple is a list of
-    whole numbers."""
-    if kind is bool or kind is str:
-        fits = isinstance(value, kind)
-        want = kind.__name__
-    elif kind is int:
-        fits = type(value) is int and value > 0
-        want = "a whole number above 0"
-    elif kind is float:
-        fits = type(value) in (int, float) and value > 0
-        want = "a number above 0"
-    else:
-        fits = isinstance(value, list) and all(type(item) is int for item in value)
-        want = "a list of whole numbers"
-    if not fits:
-        raise InputError(f"{path}/config.json: {name} is {value!r}, want {want}")
-
-
 def check_not_quantized(path: Path, raw: dict):
     """Raise InputError, which names the method, if the weights are not plain numbers."""
-    said = {name: entries_of(path, name)[1]
-            for name in ("quantize_config.json", "hf_quant_config.json")}
-    for part in (raw, *raw.values()):
-        if isinstance(part, dict):
-            said["config.json"] = said.get("config.json") or part.get("quantization_config")
-    for name, how in said.items():
+    said = [(name, entries_of(path, name)[1])
+            for name in ("quantize_config.json", "hf_quant_config.json")]
+    said += [("config.json", part.get("quantization_config"))
+             for part in (raw, *raw.values()) if isinstance(part, dict)]
+    for name, how in said:
         if how:
             method = isinstance(how, dict) and how.get("quant_method") or str(how)[:60]
             raise InputError(f"{path / name}: the weights are quantized: {method}; want the "
                              "original ones, in bfloat16, float16 or float32")
 
 
-def is_tied(raw: dict, text: dict) -> bool:
-    """Tell whether the output head is the embedding. transformers 4.57 says so in text_config only.
-    """
-    return bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+def read_sections(path: Path, kind: str, rules: list, prompt: str) -> tuple[dict, dict, dict]:
+    """Return config.json of a folder of that model_type: the whole, its text_config (which
+    Qwen2.5-VL has at the root) with the entries of the rotary embedding, and its vision_config.
+    Raises InputError, also where the folder breaks a rule."""
+    raw = read_entries(path, kind)
+    check_entries(path, rules + ROPE_RULES)
+    check_template(path, prompt)
+    file = path / "config.json"
+    text = section(raw, "text_config", file) or raw
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = section(text, name, file)
+        text = text | {key: value for key, value in rope.items() if value is not None}
+    # transformers 4.57 says in text_config only that the output head is the embedding
+    raw["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings")
+                                      or text.get("tie_word_embeddings"))
+    return raw, text, section(raw, "vision_config", file)
 
 
-# ours to follow, in any of the forms in use; transformers' own where a folder has none
+def fill(cls, raw: dict, path: Path):
+    """Return the dataclass, from the entries it has a field for; null means left out. Raises
+    InputError where one is not of the field's type, or is missing and has no default."""
+    values = {}
+    for field in fields(cls):
+        value = raw.get(field.name)
+        if value is not None:
+            check_entry(path / "config.json", field.name, value, field.type)
+            values[field.name] = value
+        elif field.default is MISSING:
+            raise InputError(f"{path}/config.json: {field.name} is not there, and has no default")
+    return cls(**values)
+
+
+def check_entry(where: Path, name: str, value, kind: type):
+    """Raise InputError unless the value is a number above 0, or a list of whole numbers."""
+    if kind in (int, float):
+        fits = type(value) in (int, kind) and value > 0
+        want = "a whole number above 0" if kind is int else "a number above 0"
+    else:
+        fits = isinstance(value, list) and all(type(item) is int for item in value)
+        want = "a list of whole numbers"
+    if not fits:
+        raise InputError(f"{where}: {name} is {value!r}, want {want}")
+
+
+# least and largest area of a resized image -> its name in size, and transformers' default
 BOUNDS = {"min_pixels": ("shortest_edge", 56 * 56), "max_pixels": ("longest_edge", 1280 * 28 * 28)}
 
 
 def read_bounds(path: Path, **given: int | None) -> dict:
-    """Return the least and the largest area of a resized image, min_pixels and max_pixels, and
-    bounds_from, which says where they come from: given, the folder or transformers' default.
-
-    A folder has them under their own names or, as transformers 5 saves them, in size. Raises
-    InputError.
-    """
+    """Return min_pixels, max_pixels and bounds_from, which says where they come from: given, the
+    folder (under their own names or in size) or transformers' default. Raises InputError."""
     file, raw = entries_of(path, "preprocessor_config.json")
     size = section(raw, "size", file)
     unknown = size.keys() - {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}
@@ -356,15 +325,12 @@ def read_bounds(path: Path, **given: int | None) -> dict:
                          "longest_edge, in pixels of area; nothing else is implemented")
     bounds = {}
     sources = []
-    for name, (of_size, default) in BOUNDS.items():
-        found = [raw.get(name), size.get(of_size), size.get(name), default]
-        value = next(value for value in found if value is not None)
-        if type(value) is not int or value < 1:
-            raise InputError(f"{file}: {name} is {value!r}, want a whole number above 0")
-        source = "transformers' default" if found[:3] == [None] * 3 else file.name
-        if given.get(name) is not None:
-            value = given[name]
-            source = "as given"
+    for name, (in_size, default) in BOUNDS.items():
+        places = [("as given", given.get(name)), (file.name, raw.get(name)),
+                  (file.name, size.get(in_size)), (file.name, size.get(name)),
+                  ("transformers' default", default)]
+        source, value = next(place for place in places if place[1] is not None)
+        check_entry(path, name, value, int)
         bounds[name] = value
         sources.append(source)
     if bounds["min_pixels"] > bounds["max_pixels"]:
@@ -377,11 +343,10 @@ def read_bounds(path: Path, **given: int | None) -> dict:
 
 def read_tokenizer(path: Path, image_token: int, image: str, first: str | None) -> Tokenizer:
     """Return the tokenizer of a folder. Raises InputError, also if it has another id for the image
-    than config.json, or puts other tokens around a text than the first one before it.
-
-    A truncation or padding that training has left in tokenizer.json is switched off, since it would
-    cut a prompt in silence.
-    """
+    than config.json, or puts other tokens around a text than the first one before it."""
+    check_entries(path, [("processor_config.json", "image_token", image),
+                         ("tokenizer_config.json", "add_bos_token", first is not None),
+                         ("tokenizer_config.json", "add_eos_token", False)])
     file = path / "tokenizer.json"
     if not is_there(file):
         raise InputError(f"{file}: not found; want the tokenizer as this one file, tokenizer.model "
@@ -390,7 +355,7 @@ def read_tokenizer(path: Path, image_token: int, image: str, first: str | None) 
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:                              # tokenizers raises a bare Exception
         raise InputError(f"{file}: not a valid tokenizer ({e})")
-    tokenizer.no_truncation()
+    tokenizer.no_truncation()           # left there by training, it would cut a prompt in silence
     tokenizer.no_padding()
     found = tokenizer.token_to_id(image)
     if type(image_token) is not int or image_token != found:
@@ -407,14 +372,14 @@ def read_tokenizer(path: Path, image_token: int, image: str, first: str | None) 
 def read_eos(path: Path, default: list[int]) -> set[int]:
     """Return the ids that end an answer: of generation_config.json, else of config.json, else of
     its text_config, else the default. Raises InputError."""
-    file, generation = entries_of(path, "generation_config.json")
-    of_config, raw = entries_of(path, "config.json")
-    ids = default
-    for of_file, entries in ((of_config, section(raw, "text_config", of_config)),
-                             (of_config, raw), (file, generation)):
-        if entries.get("eos_token_id") is not None:
-            file = of_file
-            ids = entries["eos_token_id"]
+    config, raw = entries_of(path, "config.json")
+    for file, entries in (entries_of(path, "generation_config.json"), (config, raw),
+                          (config, section(raw, "text_config", config))):
+        ids = entries.get("eos_token_id")
+        if ids is not None:
+            break
+    else:
+        ids = default
     if not isinstance(ids, list):
         ids = [ids]
     if not ids or not all(type(token) is int for token in ids):
@@ -441,12 +406,12 @@ def empty(model_class, *args):
 
 
 def load_weights(model, path: Path, device, dtype, renames: list, ignored: str, tied: bool):
-    """Fill a model built on the meta device: every parameter, and nothing unknown.
+    """Fill a model built on the meta device: every parameter, and nothing unknown. Raises
+    InputError.
 
     renames: (pattern, replacement), applied in order to the names in the files. ignored: a pattern
     of renamed tensors that are of no use. tied: the embedding and the head may stand for one
-    another. One tensor at a time goes from file to device; on the CPU in the stored precision the
-    file's own pages are used, uncopied. Raises InputError.
+    another. On the CPU in the stored precision the file's own pages are used, uncopied.
     """
     wanted = dict(model.named_parameters())
     weights = {}
@@ -479,8 +444,8 @@ def load_weights(model, path: Path, device, dtype, renames: list, ignored: str, 
 
 
 def check_shape(tensor, parameter, key: str, shard: Path):
-    """Raise InputError if the tensor of a file has another shape than the model's, or holds whole
-    numbers or those of 8 bits, which a scale elsewhere belongs to."""
+    """Raise InputError if the tensor has another shape than the parameter, or is quantized: whole
+    numbers, or those of 8 bits, to which a scale elsewhere belongs."""
     if tensor.element_size() < 2 or not tensor.is_floating_point():
         raise InputError(f"{shard}: {key} is {str(tensor.dtype)[6:]}, quantized; want bfloat16, "
                          "float16 or float32")
