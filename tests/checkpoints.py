@@ -1,6 +1,7 @@
 """The small random checkpoints whose computation make_golden.py recorded, each read once,
 and what the tests need to know of either model."""
 import json
+import shutil
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -86,3 +87,26 @@ def logits_of_answer(model, stream, tokens):
     answer = model.run(model.append(stream, tokens[None, :-1]))
     steps = [model.logits(answer, row) for row in range(len(tokens) - 1)]
     return torch.cat([first, *steps])
+
+
+def copy_of(name, folder, **files):
+    """Return a copy of a checkpoint's folder whose JSON files hold these entries, too: "a.b" is an
+    entry of a."""
+    shutil.copytree(GOLDEN / name, folder, dirs_exist_ok=True)
+    for file, entries in files.items():
+        file = folder / f"{file}.json"
+        found = json.loads(file.read_text()) if file.exists() else {}
+        for entry, value in entries.items():
+            *outer, last = entry.split(".")
+            place = found
+            for part in outer:
+                place = place.setdefault(part, {})
+            place[last] = value
+        file.write_text(json.dumps(found))
+    return folder
+
+
+def tensors_of(folder):
+    """Return the tensors of a folder, by the names in its files."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors"))
+            for name, tensor in load_file(file).items()}

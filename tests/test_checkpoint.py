@@ -1,62 +1,36 @@
-"""A checkpoint folder: every layout it comes in loads to the same model."""
+"""A checkpoint folder: every layout it comes in loads to the same model; which of its files count,
+and where it is found."""
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import GOLDEN, MODULES, ONE_OF_EACH, decoder_of, load
-from safetensors.torch import load_file, save_file
+from checkpoints import GOLDEN, MODULES, ONE_OF_EACH, copy_of, decoder_of, load, tensors_of
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from support import checkpoint
+from support import checkpoint, flags
 from tokprune import InputError
-
-
-def linked(name, folder, but=()):
-    """The checkpoint in a new folder, without some of its files."""
-    folder.mkdir()
-    for file in (GOLDEN / name).iterdir():
-        if file.name not in but:
-            (folder / file.name).symlink_to(file)
-    return folder
-
 
 # ---- layouts -------------------------------------------------------------------------------------
 
 # the recorded LLaVA files are layout B of the four in use, the Qwen files are named as published;
 # the others are made of these
-LLAVA_IN_MEMORY = [(r"^language_model\.lm_head", "lm_head"),
-                   (r"^language_model\.model", "model.language_model"),
-                   (r"^multi_modal_projector", "model.multi_modal_projector")]
-LAYOUTS = {
-    "A, the hub's": [(r"^vision_tower\.", "vision_tower.vision_model.")],
-    "B, transformers 5": [],
-    "C, transformers 5 in memory": LLAVA_IN_MEMORY + [(r"^vision_tower", "model.vision_tower")],
-    "D, transformers 4 in memory":
-        LLAVA_IN_MEMORY + [(r"^vision_tower\.", "model.vision_tower.vision_model.")],
-    "qwen, in memory": [(r"^visual\.", "model.visual."),
-                        (r"^model\.(?!visual)", "model.language_model.")]}
-CASES = [("llava_grouped", "A, the hub's", 1), ("llava_grouped", "B, transformers 5", 3),
-         ("llava_tied", "C, transformers 5 in memory", 1),
-         ("llava_grouped", "D, transformers 4 in memory", 3), ("qwen_tied", "qwen, in memory", 1)]
+IN_MEMORY = [(r"^language_model\.lm_head", "lm_head"),
+             (r"^language_model\.model", "model.language_model"),
+             (r"^multi_modal_projector", "model.multi_modal_projector")]
+A = [(r"^vision_tower\.", "vision_tower.vision_model.")]                        # the hub's
+B = []                                                                          # transformers 5
+C = IN_MEMORY + [(r"^vision_tower", "model.vision_tower")]                      # 5, in memory
+D = IN_MEMORY + [(r"^vision_tower\.", "model.vision_tower.vision_model.")]      # 4, in memory
+QWEN = [(r"^visual\.", "model.visual."), (r"^model\.(?!visual)", "model.language_model.")]
 
 
-def renamed(name, layout):
-    """The tensors of a checkpoint under the names of another layout."""
-    tensors = {}
-    for file in (GOLDEN / name).glob("*.safetensors"):
-        tensors |= load_file(file)
-    for pattern, new in LAYOUTS.get(layout, []):
-        tensors = {re.sub(pattern, new, key): tensor for key, tensor in tensors.items()}
-    return tensors
-
-
-def write(tensors, name, shards, folder):
-    """A folder of those tensors in so many files."""
-    for file in ("config.json", "tokenizer.json", "generation_config.json"):
-        shutil.copy(GOLDEN / name / file, folder)
+def write(tensors, shards, folder):
+    """Replace the weights of a folder by those tensors, in so many files."""
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
     keys = sorted(tensors)
     weight_map = {}
     for i in range(shards):
@@ -68,13 +42,17 @@ def write(tensors, name, shards, folder):
     index.write_text(json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("name, layout, shards", CASES)
+@pytest.mark.parametrize("name, layout, shards", [
+    ("llava_grouped", A, 1), ("llava_grouped", B, 3), ("llava_tied", C, 1), ("llava_grouped", D, 3),
+    ("qwen_tied", QWEN, 1)])
 def test_every_layout_of_names_loads_to_the_same_weights(name, layout, shards, tmp_path):
-    tensors = renamed(name, layout)
-    if "C" in layout or "qwen" in layout:
+    tensors = tensors_of(GOLDEN / name)
+    for pattern, new in layout:
+        tensors = {re.sub(pattern, new, key): tensor for key, tensor in tensors.items()}
+    if layout in (C, QWEN):
         recorded = json.loads((GOLDEN / f"{name}.json").read_text())["in_memory_keys"]
         assert tensors.keys() == set(recorded) - {"lm_head.weight"}     # both checkpoints are tied
-    write(tensors, name, shards, tmp_path)
+    write(tensors, shards, copy_of(name, tmp_path))
     want = load(name).state_dict()
     got = MODULES[name].load(tmp_path, "cpu").state_dict()
     assert want.keys() == got.keys()
@@ -87,40 +65,56 @@ def test_a_tied_head_is_the_embedding_itself_and_a_head_in_the_file_is_used(name
     model = load(name)
     embedding = decoder_of(model).embed_tokens.weight
     assert model.lm_head.weight.data_ptr() == embedding.data_ptr()
-    write(renamed(name, "as recorded") | {head: 2 * embedding.bfloat16()}, name, 1, tmp_path)
+    write(tensors_of(GOLDEN / name) | {head: 2 * embedding.bfloat16()}, 1, copy_of(name, tmp_path))
     assert MODULES[name].load(tmp_path, "cpu").lm_head.weight.equal(2 * embedding)
 
 
-def test_a_folder_without_an_index_is_every_safetensors_file(tmp_path):
-    folder = linked("qwen_tied", tmp_path / "m", but=["model.safetensors.index.json"])
-    got = MODULES["qwen_tied"].load(folder, "cpu")
-    assert got.lm_head.weight.equal(load("qwen_tied").lm_head.weight)
-
-
 def test_float16_files_load_to_their_values_in_any_precision(tmp_path):
-    tensors = {key: tensor.half() for key, tensor in renamed("qwen_tied", "").items()}
-    write(tensors, "qwen_tied", 1, tmp_path)
+    tensors = {key: tensor.half() for key, tensor in tensors_of(GOLDEN / "qwen_tied").items()}
+    write(tensors, 1, copy_of("qwen_tied", tmp_path))
     for dtype in (torch.float32, torch.bfloat16):
         got = MODULES["qwen_tied"].load(tmp_path, "cpu", dtype).model.norm.weight
         assert got.equal(tensors["model.norm.weight"].to(dtype))
 
 
-# ---- tokenizer and the end of an answer ----------------------------------------------------------
+# ---- which files count ---------------------------------------------------------------------------
+
+def test_model_safetensors_counts_before_an_index_an_index_before_the_rest_and_nothing_else(
+        tmp_path):
+    """Shards of an older saving were loaded, and a second format was an unknown tensor."""
+    path = copy_of("llava_tied", tmp_path)
+    tensors = tensors_of(path)
+    key = "language_model.model.embed_tokens.weight"
+    for name in ("consolidated", "model.fp16", "adapter_model", "optimizer", ".hidden"):
+        save_file({"w": torch.zeros(2)}, path / f"{name}.safetensors")
+    (path / "training_args.bin").symlink_to("gone")
+
+    def loaded():
+        return checkpoint.load_model(path, "cpu").language_model.embed_tokens.weight
+    assert loaded().equal(tensors[key].float())
+    (path / "model.safetensors.index.json").unlink()
+    assert loaded().equal(tensors[key].float())
+    (path / "model.safetensors.index.json").write_text("an older one")
+    save_file(tensors | {key: tensors[key] + 1}, path / "model.safetensors")
+    assert loaded().equal((tensors[key] + 1).float())
+    files = {file.name for file in checkpoint.files_read(path)}
+    assert files == {"config.json", "tokenizer.json", "generation_config.json", "model.safetensors"}
+
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_tokenizer_saved_with_truncation_and_padding_gives_the_whole_prompt(name, tmp_path):
     """Training leaves both in tokenizer.json: a prompt lost its end, and was answered all the
     same."""
-    folder = linked(name, tmp_path / "m", but=["tokenizer.json"])
-    tokenizer = Tokenizer.from_file(str(GOLDEN / name / "tokenizer.json"))
+    file = copy_of(name, tmp_path) / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
     tokenizer.enable_truncation(16)
     tokenizer.enable_padding(length=64, direction="left")
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(file))
     prompt = MODULES[name].PROMPT.format(question="?" * 64)
     assert len(tokenizer.encode(prompt).ids) == 64
-    got = MODULES[name].load(folder, "cpu").tokenizer
-    assert got.encode(prompt).ids == load(name).tokenizer.encode(prompt).ids
-    assert got.encode("no").ids == load(name).tokenizer.encode("no").ids
+    got = MODULES[name].load(tmp_path, "cpu").tokenizer
+    for text in (prompt, "no"):
+        assert got.encode(text).ids == load(name).tokenizer.encode(text).ids
 
 
 @pytest.mark.parametrize("generation, config, want", [
@@ -137,31 +131,37 @@ def test_eos_tokens_come_from_generation_config_then_config_then_text_config(gen
     assert checkpoint.read_eos(tmp_path, [2]) == want
 
 
+DEFAULT = "transformers' default"
+IN_SIZE = {"size": {"shortest_edge": 5000, "longest_edge": 6000}}
+
+
+@pytest.mark.parametrize("files, given, want", [
+    ({}, {}, f"3136 to 1003520 ({DEFAULT})"),
+    ({"preprocessor_config": {"max_pixels": 6272}}, {},
+     f"3136 to 6272 ({DEFAULT}, preprocessor_config.json)"),
+    ({"preprocessor_config": IN_SIZE}, {"max_pixels": 7000},
+     "5000 to 7000 (preprocessor_config.json, as given)"),
+    ({"preprocessor_config": IN_SIZE | {"min_pixels": 4000}}, {},
+     "4000 to 6000 (preprocessor_config.json)"),
+    ({"processor_config": {"image_processor": IN_SIZE}}, {},
+     "5000 to 6000 (processor_config.json)")])
+def test_bounds_come_from_the_folder_in_each_form_and_a_run_says_so(files, given, want, tmp_path):
+    model = checkpoint.load_model(copy_of("qwen_tied", tmp_path, **files), "cpu", **given)
+    assert flags.where(model).endswith("pixels " + want)
+
+
 # ---- finding the model ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_model_and_its_number_of_layers_are_found_by_model_type(name, tmp_path):
-    model = checkpoint.load_model(GOLDEN / name, "cpu", torch.bfloat16)
-    assert type(model) is type(load(name))
-    assert model.lm_head.weight.dtype == torch.bfloat16
-    shutil.copy(GOLDEN / name / "config.json", tmp_path)            # no weights there
+    model = checkpoint.load_model(GOLDEN / name, "cpu")
+    assert type(model).__module__ == MODULES[name].__name__
+    (tmp_path / "config.json").symlink_to(GOLDEN / name / "config.json")
     assert checkpoint.read_config(tmp_path).text.num_hidden_layers == model.num_layers
 
 
-@pytest.mark.parametrize("kind, message", [
-    ("llava_llama", "model_type is 'llava_llama'"), ("qwen3_vl_moe", "mixture of experts"),
-    ("qwen3_5", "linear attention"), ("gpt2", "want one of llava, qwen2_5_vl, qwen3_vl"),
-    (None, "model_type is 'None'"), (["llava"], "want one of llava, ")])
-def test_another_model_is_refused_by_its_name(kind, message, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(InputError, match=message):
-        checkpoint.load_model(tmp_path, "cpu")
-
-
-def test_bounds_go_to_a_model_that_has_them_and_are_refused_for_another():
-    config = checkpoint.load_model(GOLDEN / "qwen_tied", "cpu", max_pixels=56 * 56 * 2).config
-    assert (config.min_pixels, config.max_pixels) == (56 * 56, 56 * 56 * 2)
-    with pytest.raises(InputError, match="min_pixels is 100: model_type 'llava' in .* one size"):
+def test_bounds_are_refused_for_a_model_that_has_none_and_the_wrong_way_round():
+    with pytest.raises(InputError, match="min_pixels is 100: the model of .*llava_tied has no"):
         checkpoint.load_model(GOLDEN / "llava_tied", "cpu", min_pixels=100)
     with pytest.raises(InputError, match="want min_pixels <= max_pixels"):
         checkpoint.load_model(GOLDEN / "qwen_tied", "cpu", min_pixels=9000, max_pixels=100)
@@ -188,3 +188,48 @@ def test_names_of_models_stand_in_one_place():
         if file.name.startswith("model_") or file.name == "checkpoint.py":
             continue
         assert not re.search(r"\b(import|from) model_", file.read_text()), file
+
+
+# ---- the Hugging Face cache ----------------------------------------------------------------------
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """The cache's folder of a repository, of one snapshot: relative links to blobs."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    path = tmp_path / "home/hub/models--org--tiny.v1"
+    snapshot = path / "snapshots" / ("ab" * 20)
+    snapshot.mkdir(parents=True)
+    for file in copy_of("llava_tied", path / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    return path
+
+
+def test_a_name_finds_its_snapshot_in_the_cache(cached, monkeypatch, tmp_path):
+    snapshot = cached / "snapshots" / ("ab" * 20)
+    assert checkpoint.find_folder("org/tiny.v1") == snapshot == checkpoint.find_folder(cached)
+    assert checkpoint.load_model("org/tiny.v1", "cpu").num_layers == 3
+    assert checkpoint.read_config("org/tiny.v1").text.num_hidden_layers == 3
+    assert snapshot / "config.json" in checkpoint.files_read("org/tiny.v1")
+    (cached / "snapshots" / ("cd" * 20)).mkdir()
+    with pytest.raises(InputError, match="snapshots are (ab){20}, (cd){20}, and refs/main names"):
+        checkpoint.find_folder("org/tiny.v1")
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("ab" * 20)
+    assert checkpoint.find_folder("org/tiny.v1") == snapshot
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    with pytest.raises(InputError, match=r"elsewhere/models--org--tiny.v1 \(HF_HUB_CACHE is set\); "
+                                         "nothing is downloaded here, want: hf download org/tiny"):
+        checkpoint.load_model("org/tiny.v1", "cpu")
+
+
+@pytest.mark.parametrize("lost, message", [
+    ("config.json", "config.json: a link to a file that is gone"),
+    ("generation_config.json", "generation_config.json: a link to a file that is gone"),
+    ("model-00002-of-00005.safetensors", "missing: model-00002-of-00005.safetensors")])
+def test_an_unfinished_download_and_a_lost_blob_name_the_command(lost, message, cached):
+    """A default was taken for what a dangling link had said."""
+    (cached / "blobs" / lost).unlink()
+    with pytest.raises(InputError, match=f"{message}.*; nothing .*: hf download org/tiny.v1"):
+        checkpoint.load_model("org/tiny.v1", "cpu")

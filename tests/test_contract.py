@@ -45,11 +45,6 @@ def test_a_module_has_a_prompt_for_a_question_and_a_load_with_defaults(module):
     assert all(parameters[name].default is None for name in list(parameters)[1:])
 
 
-def test_num_layers_and_the_text_config_are_what_flops_need(model):
-    assert model.num_layers == model.config.text.num_hidden_layers == len(decoder_of(model).layers)
-    assert tokprune.flops(model.config.text, [10] * model.num_layers) > 0
-
-
 # ---- begin ---------------------------------------------------------------------------------------
 
 def test_begin_is_layer_0_of_one_prompt_whose_visual_rows_tile_the_image(model, start):
@@ -58,6 +53,7 @@ def test_begin_is_layer_0_of_one_prompt_whose_visual_rows_tile_the_image(model, 
     _, T, C = start.x.shape
     assert (start.layer, len(start.x), C) == (0, 1, model.config.text.hidden_size)
     assert V == start.N == rows * cols
+    assert model.num_layers == model.config.text.num_hidden_layers == len(decoder_of(model).layers)
     assert start.origin.tolist() == [list(range(V))]
     assert 0 < start_row and start_row + V < T
     assert start.pos.shape[-2:] == (1, T)
@@ -81,17 +77,14 @@ def test_saliency_is_worked_out_once_a_question(model):
     assert counted.ops["_softmax"] == 0
 
 
-def test_canvas_is_the_picture_that_the_grid_divides(model, start):
+def test_canvas_is_the_picture_that_the_grid_divides_and_preprocess_stands_for_it(model, start):
+    pixels = model.preprocess(images()["wide"])
+    assert model.begin(pixels, QUESTIONS[0]).x.equal(start.x)
     canvas = model.canvas(images()["wide"])
     rows, cols = start.grid
     assert canvas.mode == "RGB"
     assert canvas.height % rows == 0 and canvas.width % cols == 0
     assert canvas.height // rows == canvas.width // cols
-
-
-def test_what_preprocess_returns_stands_for_the_image(model, start):
-    pixels = model.preprocess(images()["wide"])
-    assert model.begin(pixels, QUESTIONS[0]).x.equal(start.x)
 
 
 def test_visual_rows_are_in_raster_order(model):

@@ -1,21 +1,108 @@
-"""What a checkpoint's folder says is followed or refused in one line; which of its files count;
-where the Hugging Face cache has it; and numbers that are none end a run by the question's name."""
+"""A checkpoint folder that is broken, of another model, or asks for what is not implemented is
+refused in one line that names it; and numbers that are none end a run by the question's name."""
 import json
 import re
 import shutil
 
 import pytest
 import torch
-from checkpoints import GOLDEN, load
+from checkpoints import GOLDEN, copy_of, load, tensors_of
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import eval as eval_program
 import information
+import model_qwen3
 import tokprune
-from support import checkpoint, flags, run
+from support import checkpoint, run
 from support.run import ROOT
 from tokprune import InputError
+
+
+def check_refused(folder, message):
+    with pytest.raises(InputError, match=re.escape(message)) as e:
+        checkpoint.load_model(folder, "cpu")
+    assert str(folder) in str(e.value) and "\n" not in str(e.value)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+INDEX = "model.safetensors.index.json"
+
+
+def first_shard(folder):
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def cut_shard(folder):
+    content = first_shard(folder).read_bytes()
+    first_shard(folder).write_bytes(content[:5000])
+
+
+def only_bin_files(folder):
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").touch()
+
+
+def leftover(folder):
+    """A file of another saving beside the others, and no index."""
+    (folder / INDEX).unlink()
+    shutil.copy(first_shard(folder), folder / "model-00009.safetensors")
+
+
+def resaved(change):
+    """Save the first shard again, {name: tensor} changed."""
+    def save(folder):
+        tensors = load_file(first_shard(folder))
+        save_file(change(tensors), first_shard(folder))
+    return save
+
+
+def drop_one(tensors):
+    tensors.popitem()
+    return tensors
+
+
+def cast(dtype):
+    return resaved(lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+
+def written(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def removed(name):
+    return lambda folder: (folder / name).unlink()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda folder: first_shard(folder).unlink(), "missing: model-00001-of-"),
+    (cut_shard, "cannot be read as safetensors"),
+    (only_bin_files, "model-*.safetensors found (its .bin files are not read"),
+    (leftover, "is a duplicate"),
+    (resaved(drop_one), "tensors are missing, the first is"),
+    (resaved(lambda tensors: tensors | {"extra.weight": torch.zeros(2)}), "unknown tensor extra"),
+    (resaved(lambda tensors: {name: tensor[:-1].clone() for name, tensor in tensors.items()}),
+     "config.json wants"),
+    (cast(torch.int8), "is int8, quantized; want bfloat16"),
+    (cast(torch.float8_e4m3fn), "is float8_e4m3fn, quantized"),
+    (written(INDEX, "[1]"), "holds a list, want a JSON object"),
+    (written(INDEX, '{"weight_map": "x"}'), "want an object"),
+    (written(INDEX, '{"weight_map": {"a": [1]}}'), "missing: [1]"),
+    (written("config.json", "{"), "not valid JSON"),
+    (removed("config.json"), "config.json: not found"),
+    (written("tokenizer.json", "{}"), "not a valid tokenizer"),
+    (removed("tokenizer.json"), "tokenizer.json: not found"),
+    (written("generation_config.json", '{"eos_token_id": "</s>"}'), "want token ids"),
+    (shutil.rmtree, "no such folder")])
+def test_a_broken_folder_is_refused(change, message, tmp_path):
+    folder = copy_of("llava_grouped", tmp_path / "m")
+    change(folder)
+    check_refused(folder, message)
+
+
+# ---- entries -------------------------------------------------------------------------------------
 
 LLAVA = "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 QWEN = ("{% if loop.first %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -23,216 +110,152 @@ QWEN = ("{% if loop.first %}<|im_start|>system\nYou are a helpful assistant.<|im
 QWEN3 = "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}"
 THINKS = QWEN3.replace("assistant\\n", "assistant\\n<think>\\n")
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+YARN = {"type": "yarn", "factor": 4, "mrope_section": [1, 1, 2]}
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Make a copy of a checkpoint whose files hold these entries, too; "a.b" is an entry of a."""
-    def make(name, **files):
-        path = tmp_path / name
-        shutil.copytree(GOLDEN / name, path)
-        for file, entries in files.items():
-            file = path / f"{file}.json"
-            found = json.loads(file.read_text()) if file.exists() else {}
-            for entry, value in entries.items():
-                *outer, last = entry.split(".")
-                place = found
-                for part in outer:
-                    place = place.setdefault(part, {})
-                place[last] = value
-            file.write_text(json.dumps(found))
-        return path
-    return make
+def config(message, section=None, **entries):
+    place = f"{section}_config." if section else ""
+    return {"config": {place + entry: value for entry, value in entries.items()}}, message
 
 
-# ---- what a folder says --------------------------------------------------------------------------
-
-def of_processor(name, message, **entries):
-    return name, {"preprocessor_config": entries}, message
+def processor(message, **entries):
+    return {"preprocessor_config": entries}, message
 
 
-REFUSED = [
-    ("llava_tied", {"config": {"text_config.model_type": "granite"}}, "model_type is 'granite'"),
-    ("llava_tied", {"config": {"text_config.model_type": "mistral",
-                               "text_config.sliding_window": 16}}, "sliding_window is 16"),
-    ("llava_tied", {"config": {"projector_hidden_act": "relu"}}, "projector_hidden_act is 'relu'"),
-    ("llava_tied", {"config": {"image_token_index": 1}}, "<image> is 1 in config.json, 300 in"),
-    ("qwen_tied", {"config": {"image_token_id": True}}, "is True in config.json, 306 in"),
-    ("qwen_tied", {"config": {"vision_config.hidden_act": "gelu"}}, "hidden_act is 'gelu'"),
-    ("qwen_tied", {"config": {"text_config.quantization_config": {"quant_method": "awq"}}}, "awq"),
-    ("llava_tied", {"config": {"quantization_config": {"load_in_4bit": True}}}, "load_in_4bit"),
-    ("qwen3_tied", {"quantize_config": {"bits": 4}}, "the weights are quantized"),
-    ("qwen_tied", {"adapter_config": {"base_model_name_or_path": "a/b"}}, "an adapter of a/b"),
-    of_processor("llava_tied", "image_mean is [0.5, 0.5, 0.5]", **HALF),
-    of_processor("llava_tied", "size is {'shortest_edge': 224}", size={"shortest_edge": 224}),
-    of_processor("qwen_tied", "image_std is", image_std=[0.5] * 3),
-    of_processor("qwen_tied", "rescale_factor is 1, want 0.00392", rescale_factor=1),
-    of_processor("qwen_tied", "resample is 2, want 3", resample=2),
-    of_processor("qwen_tied", "do_rescale is False", do_rescale=False),
-    of_processor("qwen_tied", "size has height, width", size={"height": 28, "width": 28}),
-    of_processor("qwen_tied", "merge_size is 4, want 2", merge_size=4),
-    of_processor("qwen3_tied", "image_mean is [0.48", image_mean=None),     # transformers' default
-    ("qwen_tied", {"processor_config": {"image_processor.do_normalize": False}},
-     "processor_config.json: do_normalize is False"),
-    ("llava_tied", {"tokenizer_config": {"add_eos_token": True}}, "add_eos_token is True"),
-    ("qwen3_tied", {"chat_template": {"chat_template": THINKS}}, "<think>', want '<|im_start|>ass"),
-    ("qwen3_tied", {"chat_template": {"chat_template": QWEN}}, "system turn is ['You are a help"),
-    ("qwen_tied", {"tokenizer_config": {"chat_template": THINKS}}, "opens an answer with"),
-    ("llava_tied", {"chat_template": {"chat_template": "[INST]"}}, "want 'ASSISTANT:'")]
+def template(message, text, file="chat_template"):
+    return {file: {"chat_template": text}}, message
 
 
-@pytest.mark.parametrize("name, files, message", REFUSED)
-def test_what_a_folder_asks_for_and_is_not_implemented_is_refused(name, files, message, folder):
-    """All of it was ignored in silence, and another model computed."""
-    path = folder(name, **files)
-    with pytest.raises(InputError, match=re.escape(message)) as e:
-        checkpoint.load_model(path, "cpu")
-    assert str(path) in str(e.value) and "\n" not in str(e.value)
+REFUSED = {
+    "llava_tied": [
+        config("model_type is 'gpt2', want one of llava, qwen2_5_vl, qwen3_vl", model_type="gpt2"),
+        config("model_type is 'None'", model_type=None),
+        config("model_type is \"['llava']\", want one of", model_type=["llava"]),
+        config("the converted folder, e.g. llava-hf/llava-1.5-7b-hf", model_type="llava_llama"),
+        config("'qwen3_vl_moe', a mixture of experts", model_type="qwen3_vl_moe"),
+        config("'qwen3_5', three of four of its layers are linear", model_type="qwen3_5"),
+        config("text_config is 'x', want an object", text_config="x"),
+        config("hidden_size is -64, want a whole number above 0", "text", hidden_size=-64),
+        config("hidden_size is '64', want a whole number above 0", "text", hidden_size="64"),
+        config("hidden_size is True, want a whole number above 0", "text", hidden_size=True),
+        config("rms_norm_eps is 'a', want a number above 0", "text", rms_norm_eps="a"),
+        config("rope_scaling.type is 'yarn', want 'default' or 'mrope'", "text", rope_scaling=YARN),
+        config("is 'yarn'", "text", rope_scaling={"rope_type": "yarn", "type": "mrope"}),
+        config("rope_type is 'linear'", "text", rope_parameters={"rope_type": "linear"}),
+        config("rope_scaling is 'x', want an object", "text", rope_scaling="x"),
+        config("patch_size is 0", "vision", patch_size=0),
+        config("quantized: awq", "text", quantization_config={"quant_method": "awq"}),
+        config("quantized: {'load_in_4bit", quantization_config={"load_in_4bit": True}),
+        ({"quantize_config": {"bits": 4}}, "the weights are quantized"),
+        ({"adapter_config": {"base_model_name_or_path": "a/b"}}, "an adapter of a/b"),
+        ({"tokenizer_config": {"add_eos_token": True}}, "add_eos_token is True, want False"),
+        config("want the converted folder, e.g. llava-hf", mm_vision_tower="openai/clip"),
+        config("model_type is 'granite'", "text", model_type="granite"),
+        config("hidden_act is 1, want 'silu'", "text", hidden_act=1),
+        config("vision_config.hidden_act is 'gelu'", "vision", hidden_act="gelu"),
+        config("projector_hidden_act is 'relu'", projector_hidden_act="relu"),
+        config("vision_feature_layer is -5, want -2", vision_feature_layer=-5),
+        config("vision_feature_select_strategy is 'full'", vision_feature_select_strategy="full"),
+        config("<image> is 1 in config.json, 300 in", image_token_index=1),
+        processor("image_mean is [0.5, 0.5, 0.5]", **HALF),
+        processor("size is {'shortest_edge': 224}", size={"shortest_edge": 224}),
+        ({"tokenizer_config": {"add_bos_token": False}}, "add_bos_token is False, want True"),
+        template("want 'ASSISTANT:'", "[INST]")],
+    "qwen_tied": [
+        config("mrope_section is '112'", "text", rope_parameters={"mrope_section": "112"}),
+        config("mrope_section is not there", "text", rope_scaling=None, rope_parameters=None),
+        config("use_sliding_window is True", "text", use_sliding_window=True),
+        config("rms_norm_eps is not there", "text", rms_norm_eps=None),
+        config("hidden_act is 'gelu'", "vision", hidden_act="gelu"),
+        config("is True in config.json, 306 in", image_token_id=True),
+        processor("image_std is", image_std=[0.5] * 3),
+        processor("resample is 2, want 3", resample=2),
+        processor("rescale_factor is 1, want 0.00392", rescale_factor=1),
+        processor("do_rescale is False", do_rescale=False),
+        processor("merge_size is 4, want 2", merge_size=4),
+        processor("min_pixels is 'a', want a whole number above 0", min_pixels="a"),
+        processor("min_pixels is 0, want a whole number above 0", min_pixels=0),
+        processor("max_pixels is 1.5", size={"longest_edge": 1.5}),
+        processor("size is 'large', want an object", size="large"),
+        processor("size has height, width, want shortest_edge", size={"height": 28, "width": 28}),
+        ({"processor_config": {"image_processor.do_normalize": False}},
+         "processor_config.json: do_normalize is False"),
+        template("opens an answer with", THINKS, "tokenizer_config")],
+    "qwen3_tied": [
+        config("head_dim is not there", "text", head_dim=None),
+        processor("image_mean is [0.48", image_mean=None),              # transformers' default
+        template("<think>', want '<|im_start|>assistant'", THINKS),
+        template("system turn is ['You are a help", QWEN)]}
+
+
+@pytest.mark.parametrize("name, files, message", [
+    (name, *case) for name, cases in REFUSED.items() for case in cases])
+def test_what_a_folder_asks_for_and_is_not_implemented_is_refused(name, files, message, tmp_path):
+    """Most of it was ignored in silence, and another model computed."""
+    check_refused(copy_of(name, tmp_path, **files), message)
+
+
+def test_a_model_file_refuses_the_folder_of_another_model():
+    with pytest.raises(InputError, match="model_type is 'qwen2_5_vl', want 'qwen3_vl'"):
+        model_qwen3.load(GOLDEN / "qwen_tied")
 
 
 @pytest.mark.parametrize("name, files", [
     ("llava_tied", {"preprocessor_config": {"size": {"shortest_edge": 56}, "crop_size": 56,
-                                            "resample": 3, "do_center_crop": True}}),
-    ("llava_tied", {"chat_template": {"chat_template": LLAVA}}),
-    ("llava_tied", {"config": {"text_config.model_type": "mistral"}}),
+                                            "resample": 3, "do_center_crop": True},
+                    "chat_template": {"chat_template": LLAVA},
+                    "config": {"text_config.model_type": "mistral"}}),
     ("qwen_tied", {"chat_template": {"chat_template": QWEN}}),
     # the first of transformers' files counts
     ("qwen3_tied", {"chat_template": {"chat_template": QWEN3},
-                    "tokenizer_config": {"chat_template": THINKS}}),
-    ("qwen3_tied", {"processor_config": {"image_processor": HALF},
+                    "tokenizer_config": {"chat_template": THINKS},
+                    "processor_config": {"image_processor": HALF},
                     "preprocessor_config": {"image_mean": [0.1] * 3}})])
-def test_what_the_published_folders_ask_for_is_implemented(name, files, folder):
-    checkpoint.load_model(folder(name, **files), "cpu")
+def test_what_the_published_folders_ask_for_is_implemented(name, files, tmp_path):
+    checkpoint.load_model(copy_of(name, tmp_path, **files), "cpu")
 
 
-@pytest.mark.parametrize("name, single", [("llava_tied", []), ("qwen_tied", None)])
-def test_a_tokenizer_that_adds_other_tokens_than_the_first_is_refused(name, single, folder):
+@pytest.mark.parametrize("name, adds_eos", [("llava_tied", False), ("qwen_tied", True)])
+def test_a_tokenizer_that_adds_other_tokens_than_the_first_is_refused(name, adds_eos, tmp_path):
     """A trainer had left add_eos_token on: every prompt ended with the end of an answer."""
-    path = folder(name)
-    raw = json.loads((path / "tokenizer.json").read_text())
-    token = Tokenizer.from_file(str(path / "tokenizer.json")).id_to_token(2)
-    one = {"Sequence": {"id": "A", "type_id": 0}}
-    single = [one] if single == [] else [one, {"SpecialToken": {"id": token, "type_id": 0}}]
+    file = copy_of(name, tmp_path) / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    token = Tokenizer.from_file(str(file)).id_to_token(2)
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    eos = {"SpecialToken": {"id": token, "type_id": 0}}
     raw["post_processor"] = {
-        "type": "TemplateProcessing", "single": single, "pair": [one, one],
+        "type": "TemplateProcessing", "single": [text] + adds_eos * [eos], "pair": [text, text],
         "special_tokens": {token: {"id": token, "ids": [2], "tokens": [token]}}}
-    (path / "tokenizer.json").write_text(json.dumps(raw))
+    file.write_text(json.dumps(raw))
     with pytest.raises(InputError, match="tokenizer.json: encodes a text .* nothing else added"):
-        checkpoint.load_model(path, "cpu")
+        checkpoint.load_model(tmp_path, "cpu")
 
 
-def test_a_prompt_past_the_last_position_is_refused_with_both_numbers(folder):
+LAST = {"max_position_embeddings": None}                # None: as many as a prompt has rows
+
+
+@pytest.mark.parametrize("name, entries", [
+    ("llava_tied", LAST), ("qwen_tied", LAST), ("qwen3_tied", LAST),
+    ("llava_tied", {"model_type": "mistral", "sliding_window": None})])
+def test_a_prompt_past_the_last_position_or_a_window_is_refused(name, entries, tmp_path):
     """LLaVA past its context babbled."""
-    for name in ("llava_tied", "qwen_tied", "qwen3_tied"):
-        model = load(name)
-        rows, _, grid = model.shape((56, 56), "?")
-        section = "" if name == "qwen" else "text_config."
-        entry = {f"{section}max_position_embeddings": rows}
-        model = checkpoint.load_model(folder(name, config=entry), "cpu")
-        assert model.shape((56, 56), "?")[0] == rows
-        with pytest.raises(InputError, match=rf"prompt has \d+ tokens, longer than the {rows} "):
-            model.shape((56, 56), "??? ???")
-
-
-@pytest.mark.parametrize("processor, given, want", [
-    ({}, {}, "3136 to 1003520 (transformers' default)"),
-    ({"max_pixels": 6272}, {}, "3136 to 6272 (transformers' default, preprocessor_config.json)"),
-    ({"size": {"shortest_edge": 3136, "longest_edge": 6272}}, {"max_pixels": 7000},
-     "3136 to 7000 (preprocessor_config.json, as given)")])
-def test_a_run_says_which_bounds_are_in_force_and_where_they_stand(processor, given, want, folder):
-    model = checkpoint.load_model(folder("qwen_tied", preprocessor_config=processor), "cpu",
-                                  **given)
-    assert flags.where(model).endswith("pixels " + want)
-
-
-# ---- which weights count -------------------------------------------------------------------------
-
-def test_model_safetensors_counts_before_an_index_and_nothing_else_is_read(folder):
-    """Shards of an older saving were loaded, and a second format was an unknown tensor."""
-    path = folder("llava_tied")
-    tensors = {}
-    for shard in path.glob("*.safetensors"):
-        tensors |= load_file(shard)
-    for name in ("consolidated", "model.fp16", "adapter_model", "optimizer", ".hidden"):
-        save_file({"w": torch.zeros(2)}, path / f"{name}.safetensors")
-    (path / "training_args.bin").symlink_to("gone")
-    loaded = checkpoint.load_model(path, "cpu")
-    assert loaded.lm_head.weight.equal(load("llava_tied").lm_head.weight)
-    key = "language_model.model.embed_tokens.weight"
-    save_file(tensors | {key: tensors[key] + 1}, path / "model.safetensors")
-    got = checkpoint.load_model(path, "cpu").language_model.embed_tokens.weight
-    assert got.equal((tensors[key] + 1).float())
-    files = {file.name for file in checkpoint.files_read(path)}
-    assert files == {"config.json", "tokenizer.json", "generation_config.json", "model.safetensors"}
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
-def test_weights_of_8_bits_are_refused_though_config_json_says_nothing(dtype, folder):
-    path = folder("llava_tied")
-    shard = sorted(path.glob("*.safetensors"))[0]
-    save_file({key: tensor.to(dtype) for key, tensor in load_file(shard).items()}, shard)
-    with pytest.raises(InputError, match="quantized; want bfloat16"):
-        checkpoint.load_model(path, "cpu")
-
-
-# ---- the Hugging Face cache ----------------------------------------------------------------------
-
-@pytest.fixture
-def cached(tmp_path, monkeypatch, folder):
-    """The cache's folder of a repository, of one snapshot: relative links to blobs."""
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    path = tmp_path / "home/hub/models--org--tiny.v1"
-    snapshot = path / "snapshots" / ("ab" * 20)
-    snapshot.mkdir(parents=True)
-    (path / "blobs").mkdir()
-    for file in folder("llava_tied").iterdir():
-        file.rename(path / "blobs" / file.name)
-        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
-    return path
-
-
-def test_a_name_finds_its_snapshot_in_the_cache(cached, monkeypatch, tmp_path):
-    snapshot = cached / "snapshots" / ("ab" * 20)
-    assert checkpoint.find_folder("org/tiny.v1") == snapshot == checkpoint.find_folder(cached)
-    assert checkpoint.load_model("org/tiny.v1", "cpu").num_layers == 3
-    assert checkpoint.read_config("org/tiny.v1").text.num_hidden_layers == 3
-    assert snapshot / "config.json" in checkpoint.files_read("org/tiny.v1")
-    (cached / "snapshots" / ("cd" * 20)).mkdir()
-    with pytest.raises(InputError, match="snapshots are (ab){20}, (cd){20}, and refs/main names"):
-        checkpoint.find_folder("org/tiny.v1")
-    (cached / "refs").mkdir()
-    (cached / "refs/main").write_text("ab" * 20)
-    assert checkpoint.find_folder("org/tiny.v1") == snapshot
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
-    with pytest.raises(InputError, match=r"elsewhere/models--org--tiny.v1 \(HF_HUB_CACHE is set\); "
-                                         "nothing is downloaded here, want: hf download org/tiny"):
-        checkpoint.load_model("org/tiny.v1", "cpu")
-
-
-@pytest.mark.parametrize("lost, message", [
-    ("config.json", "config.json: a link to a file that is gone"),
-    ("generation_config.json", "generation_config.json: a link to a file that is gone"),
-    ("model-00002-of-00005.safetensors", "missing: model-00002-of-00005.safetensors")])
-def test_an_unfinished_download_and_a_lost_blob_name_the_command(lost, message, cached):
-    """A default was taken for what a dangling link had said."""
-    (cached / "blobs" / lost).unlink()
-    with pytest.raises(InputError, match=f"{message}.*; nothing .*: hf download org/tiny.v1"):
-        checkpoint.load_model("org/tiny.v1", "cpu")
+    rows = load(name).shape((56, 56), "?")[0]
+    entries = {f"text_config.{entry}": value or rows for entry, value in entries.items()}
+    model = checkpoint.load_model(copy_of(name, tmp_path, config=entries), "cpu")
+    assert model.shape((56, 56), "?")[0] == rows
+    with pytest.raises(InputError, match=rf"prompt has \d+ tokens, longer than the {rows} "):
+        model.shape((56, 56), "??? ???")
 
 
 # ---- not a number --------------------------------------------------------------------------------
 
-def test_numbers_that_overflow_end_a_run_by_the_name_of_the_question(folder, tmp_path):
+def test_numbers_that_overflow_end_a_run_by_the_name_of_the_question(tmp_path):
     """float16 answered with exclamation marks and a score of 0, or ended in an AssertionError. Both
     questions are of one batch."""
-    path = folder("qwen_tied")
-    for shard in path.glob("*.safetensors"):
-        tensors = load_file(shard)
-        for key in tensors.keys() & {"model.layers.0.mlp.down_proj.weight"}:
-            tensors[key] *= 1e6
-            save_file(tensors, shard)
+    path = copy_of("qwen_tied", tmp_path / "m")
+    tensors = tensors_of(path)
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e6
+    save_file(tensors, path / "model.safetensors")
     bench = tmp_path / "b.jsonl"
     bench.write_text("".join(json.dumps({
         "id": id, "image": str(ROOT / "tiny/textvqa/train_images/0034.jpg"), "question": "?",
