@@ -435,7 +435,10 @@ def read_config(path: Path) -> Config:
                     vision_feature_layer=raw.get("vision_feature_layer", -2))
     if window is not None:
         checkpoint.check_entry(path / "config.json", "sliding_window", window, int)
-        # no prompt may reach past it: the attention here has no window
+        if window <= config.side ** 2:
+            raise InputError(f"{path}: text_config.sliding_window is {window}, and an image alone "
+                             f"has {config.side ** 2} tokens; want a window that no prompt fills")
+        # no prompt may reach past it: the attention here has none
         limit = min(window, config.text.max_position_embeddings)
         config.text.max_position_embeddings = limit
     side = config.vision.image_size

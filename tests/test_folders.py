@@ -151,6 +151,7 @@ REFUSED = {
         ({"tokenizer_config": {"add_eos_token": True}}, "add_eos_token is True, want False"),
         config("want the converted folder, e.g. llava-hf", mm_vision_tower="openai/clip"),
         config("model_type is 'granite'", "text", model_type="granite"),
+        config("sliding_window is 16", "text", model_type="mistral", sliding_window=16),
         config("hidden_act is 1, want 'silu'", "text", hidden_act=1),
         config("vision_config.hidden_act is 'gelu'", "vision", hidden_act="gelu"),
         config("projector_hidden_act is 'relu'", projector_hidden_act="relu"),
