@@ -21,8 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from eval import Cell, answer_cells, most_variants
-from support import flags, plans
+from support import flags
 from support.benchmarks import METRICS, Question, score
+from support.pictures import plot_plans
+from support.report import print_plan
 from support.run import RANK, collect, open_folder, provenance, settings_of, start, write_result
 from support.statistics import at_most
 from tokprune import (METHODS, Decoding, InputError, Stream, flops, format_schedule,
@@ -275,11 +277,11 @@ def main(argv: list[str]):
                 records += collect(folder, name, parts[name][part], model, work, at_once)
             return records
         plan = {"benchmarks": names} | make_plan(model, ask, args.loss, args.confidence, args.cost)
-        plans.print_plan(plan, args.model, args.bench if len(groups) == 1 else names[0])
+        print_plan(plan, args.model, args.bench if len(groups) == 1 else names[0])
         result["plans"].append(plan)
     if RANK == 0:
         picture = args.plot or out / "plan.svg"
-        plans.plot(result["plans"], picture)
+        plot_plans(result["plans"], picture)
         print(f"{flags.where(model)}; answers in {out}, picture in {picture}")
     write_result(out, result, args.json)
 

@@ -1,11 +1,13 @@
 """Tables in markdown, and the sentences that say what they mean. Every verdict is read off paired
 95 % intervals; no method but none and random is known by name."""
 import json
+import math
+from pathlib import Path
 
 import numpy as np
 
 from support.benchmarks import COLUMNS, remarks
-from support.statistics import FEW, NOISE, mean_of_layer_1
+from support.statistics import FEW, NOISE, at_most, mean_of_layer_1, share_interval
 from tokprune import METHODS
 
 
@@ -331,3 +333,73 @@ def print_distance_of_horizons(benchmarks: dict):
     low, high = np.percentile(np.subtract(b["draws"], a["draws"]), [2.5, 97.5])
     print(f"{other}'s horizon lies {b['layer'] - a['layer']:+d} [{low:+g}, {high:+g}] layers from "
           f"{one}'s\n")
+
+
+# ---- plans ---------------------------------------------------------------------------------------
+
+COST = {"flops": "prefill FLOPs", "tokens": "visual tokens"}
+
+
+def print_plan(plan: dict, model: Path, bench: str):
+    """Print the walk from careful to cheap, what is promised, and how to check and time it."""
+    name = listed(plan["benchmarks"])
+    print_heads([name, "tokens", "FLOPs", "changed: searched", "tested", "p", "untouched", "score"])
+    print_row(["unpruned", "100%", "100%", "-", "-", "-", "-", number(plan["unpruned"])])
+    for row in plan["walk"]:
+        schedule = f"**{row['schedule']}**" if row is plan["chosen"] else row["schedule"]
+        print_row([schedule, f"{row['tokens']:.0%}", f"{row['flops']:.0%}", changed(row["search"]),
+                   changed(row["test"]), f"{row['p_value']:.1g}", changed(row["report"]),
+                   number(row["score"])])
+    print()
+    if plan["chosen"]:
+        print_promise(plan, name, model, bench)
+    else:
+        print_nothing(plan, name)
+
+
+def changed(counts: list[int]) -> str:
+    """Format counts as "2 of 120, 2% [0, 6]", with the exact 95 % interval."""
+    count, of = counts
+    if of == 0:
+        return "-"
+    low, high = share_interval(count, of)
+    return f"{count} of {of}, {count / of:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def print_promise(plan: dict, name: str, model: Path, bench: str):
+    row = plan["chosen"]
+    print(f"{name}: `{row['schedule']}` saves {1 - row[plan['cost']]:.0%} of the "
+          f"{COST[plan['cost']]}. With a confidence of {plan['confidence']:.0%} it changes at most "
+          f"{plan['loss']:.0%} of the model's answers (tested: {changed(row['test'])}). Untouched "
+          f"questions: {changed(row['report'])}.")
+    if row["schedule"].startswith("none@"):
+        print(f"{name}: no method is shown to be worth it: all that is saved is past the horizon.")
+    if model.is_relative_to(Path.cwd()):
+        model = model.relative_to(Path.cwd())
+    print(f"""
+    python eval.py --model {model} --bench {bench} --schedule "{row['schedule']}"
+    python bench.py --model {model} --schedule "{row['schedule']}"
+""")
+
+
+def print_nothing(plan: dict, name: str):
+    """Say that nothing is promised, and what would help."""
+    if not plan["walk"]:
+        print(f"{name}: nothing is promised: on the questions searched, every schedule seems to "
+              "change far more; want a larger --loss.\n")
+        return
+    row = plan["walk"][0]
+    print(f"{name}: nothing is promised: `{row['schedule']}`, the most careful, changed "
+          f"{changed(row['test'])}, too many for at most {plan['loss']:.0%} with a confidence of "
+          f"{plan['confidence']:.0%}. What would help: {what_helps(plan, *row['test'])}.\n")
+
+
+def what_helps(plan: dict, count: int, of: int) -> str:
+    """Say how many test questions would pass, if the share that changes stayed."""
+    share = count / of
+    if share >= 0.9 * plan["loss"]:                     # it may well change more than the loss
+        return "a larger --loss"
+    asked = of
+    while at_most(math.ceil(share * asked), asked, plan["loss"]) > 1 - plan["confidence"]:
+        asked += math.ceil(asked / 20)
+    return f"about {asked} questions to test on, where there are {of}, or a larger --loss"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import plan
-from support import plans
+from support import pictures, report
 from support.benchmarks import Question
 from support.checkpoint import read_config
 from support.run import ROOT
@@ -182,7 +182,7 @@ def test_a_planted_best_schedule_is_found_and_promised():
 def test_where_only_the_horizon_is_worth_it_that_is_said(capsys):
     found = plan.make_plan(MODEL, planted(horizon_at_17), 0.1, 0.95)
     assert found["chosen"]["schedule"] == "none@17"
-    plans.print_plan(found | {"benchmarks": ["mme"]}, Path("tiny/llava"), "mme")
+    report.print_plan(found | {"benchmarks": ["mme"]}, Path("tiny/llava"), "mme")
     printed = capsys.readouterr().out
     assert "no method is shown to be worth it" in printed
     assert 'python eval.py --model tiny/llava --bench mme --schedule "none@17"' in printed
@@ -203,31 +203,31 @@ def test_nothing_is_promised_where_nothing_passes_and_what_would_help_is_said(ca
     found = plan.make_plan(MODEL, planted(
         lambda text, part: 0.0 if part == "search" else 0.085), 0.1, 0.95)
     assert found["chosen"] is None
-    plans.print_plan(found | {"benchmarks": ["mme"]}, Path("tiny/llava"), "mme")
+    report.print_plan(found | {"benchmarks": ["mme"]}, Path("tiny/llava"), "mme")
     printed = capsys.readouterr().out
     assert "nothing is promised" in printed
     assert "What would help: " in printed
     # 6 % of more questions would pass, but what seems to change as much as the loss never does
-    assert plans.what_helps(found, 7, 120).startswith("about 181 questions to test on")
-    assert plans.what_helps(found, 12, 120) == "a larger --loss"
+    assert report.what_helps(found, 7, 120).startswith("about 181 questions to test on")
+    assert report.what_helps(found, 12, 120) == "a larger --loss"
 
 
 def test_where_every_schedule_changes_too_much_nothing_is_tested(capsys):
     found = plan.make_plan(MODEL, planted(lambda text, part: 1.0), 0.1, 0.95)
     assert found["horizon"] == 24 and found["walk"] == [] and found["chosen"] is None
-    plans.print_plan(found | {"benchmarks": ["mme"]}, Path("tiny/llava"), "mme")
+    report.print_plan(found | {"benchmarks": ["mme"]}, Path("tiny/llava"), "mme")
     assert "every schedule seems to change far more" in capsys.readouterr().out
 
 
 def test_a_result_is_json_and_its_picture_marks_the_walk(tmp_path):
     found = plan.make_plan(MODEL, planted(horizon_at_17), 0.1, 0.95) | {"benchmarks": ["<mine>"]}
     assert json.loads(json.dumps(found))["chosen"] == found["chosen"]
-    plans.plot([found], tmp_path / "plan.svg")
+    pictures.plot_plans([found], tmp_path / "plan.svg")
     picture = xml.parse(tmp_path / "plan.svg").getroot()
-    circles = [node for node in picture.iter() if node.tag.endswith("circle")]
+    marks = [node for node in picture.iter() if node.tag.endswith("path")]
     names = {row["schedule"].split("@")[0] for row in found["searched"]}
-    dots = len(found["searched"]) + len(found["walk"]) + len(names)
-    assert len(circles) == dots + 1                     # the ring
+    assert len(marks) == len(found["searched"]) + len(found["walk"]) + len(names)
+    assert len([node for node in picture.iter() if node.tag.endswith("circle")]) == 1   # the ring
     assert "&lt;mine&gt;" in (tmp_path / "plan.svg").read_text()
 
 
