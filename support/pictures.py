@@ -84,12 +84,17 @@ def escaped(text: str) -> str:
 def shortened(text: str, room: float, size: int) -> str:
     """Return text on one line, cut where it is wider than `room` in a font that runs wide."""
     text = " ".join(text.split())
-    widths = [1.0 if unicodedata.east_asian_width(letter) in "WF" else 0.58 for letter in text]
-    ends = size * np.cumsum(widths)
+    ends = size * np.cumsum([width_of(letter) for letter in text])
     if not text or ends[-1] <= room:
         return text
     fits = np.searchsorted(ends, room - 1.5 * size)     # beside " ..."
     return text[:fits].rstrip() + " ..."
+
+
+def width_of(letter: str) -> float:
+    if unicodedata.east_asian_width(letter) in "WF":
+        return 1.0
+    return 0.36 if letter in " .,:;!|'()[]fijlrtI" else 0.6
 
 
 # ---- panels, axes, curves ------------------------------------------------------------------------
@@ -120,7 +125,7 @@ def corners(number: int, across: int, width: float, height: float) -> list[tuple
 
 
 class Axes:
-    """A frame for values from low to high by layer, in the panel at `left`."""
+    """A frame for values from low to high by layer (or by percent), in the panel at `left`."""
 
     def __init__(self, sheet: Sheet, left: float, top: float, height: float, layers: list[int],
                  low: float, high: float):
@@ -192,7 +197,7 @@ class Style:
     ink: str
     width: float
     pattern: str = "none"
-    marker: str = ""                    # a path
+    marker: str = ""                    # of an SVG path; none if empty
 
     def line(self, sheet: Sheet, points: list):
         sheet.line(points, self.ink, self.width, self.pattern)
@@ -237,13 +242,13 @@ def plot(report: dict, path: Path):
     sheet, panels = panelled(list(report), HEIGHT, names)
     for rows, (left, top) in zip(report.values(), panels):
         axes = Axes(sheet, left, top + 76, 400, layers, -3, 103)
-        axes.grid("score, %; 95 % bands", "layer at whose input tokens are pruned")
+        axes.grid("score, %, with 95 % bands", "layer at whose input tokens are pruned")
         draw_curves(axes, rows, names)
     sheet.save(path)
 
 
 def draw_curves(axes: Axes, rows: list[dict], names: list[str]):
-    """Draw bands under lines under markers; wide lines over narrow ones."""
+    """Draw bands under lines under markers, and wide lines over narrow ones."""
     rows = sorted(rows, key=lambda row: row["layer"] or 0)
     curves = []
     for name in sorted(names, key=lambda name: style_of(name).width):
@@ -292,7 +297,7 @@ def draw_plan(axes: Axes, plan: dict):
     promise = axes.y(100 * plan["loss"])
     axes.dashed((axes.x0, promise), (axes.x1, promise))
     for row in plan["searched"]:
-        style_of(method_of(row)).markers(axes.sheet, [spot(row, "search")], 0.7, 0.5)
+        style_of(method_of(row)).markers(axes.sheet, [spot(row, "search")], 0.8, 0.5)
     axes.sheet.line([spot(row, "test") for row in plan["walk"]], INK, 2.4)
     for row in plan["walk"]:
         x, y = spot(row, "test")
