@@ -1,4 +1,5 @@
 """Bad input is one line that names it, in every program; and what a shell does to a program."""
+import io
 import os
 import re
 import shlex
@@ -11,11 +12,13 @@ import bench
 import demo
 import eval as evaluation
 import information
+import plan
 from support import flags, run
+from support.benchmarks import load_benchmark
 from tokprune import InputError
 
 PROGRAMS = {"bench.py": bench, "demo.py": demo, "eval.py": evaluation,
-            "information.py": information}
+            "information.py": information, "plan.py": plan}
 ROOT = run.ROOT
 QWEN = "--model tests/golden/qwen_tied"
 
@@ -26,24 +29,18 @@ BAD_INPUT = [
     ("--layer -1", "layer -1 is out of range"),
     ("--layer x", "--layer x: want layers as 20 or 2,10,20 or all"),
     ("--layer " + 5000 * "9", "want layers as 20"),
-    ("--schedule random@2=" + 5000 * "9", "does not parse"),
-    ("--limit " + 5000 * "9", "want 1 or more"),
-    ("--layer 1.5", "--layer 1.5"),
     ("--ratio 1.1", "--ratio: 1.1, want 0 to 1"),
     ("--ratio nan", "--ratio: nan"),
     ("--ratio x", "--ratio: x"),
-    ("--method ''", "unknown method ''"),
-    ("--layer ''", "--layer : want layers as 20"),
-    ("--layer '' --schedule dart@2=1", "want it or them"),
     ("--method magic", "unknown method 'magic'; want one of none, random, grid"),
     ("--method fastv --layer 0", "fastv reads the layer before"),
     ("--seeds 0", "--seeds: 0"),
     ("--seed 1000000000000", "--seed: 1000000000000"),
-    (f"{QWEN} --layer 1 --positions compact --limit 1", "positions compact"),
+    (f"{QWEN} --layer 1 --method grid --bench mme --limit 1 --positions compact",
+     "positions compact"),
     # schedules
     ("--schedule ''", "--schedule: empty"),
-    ("--schedule dart@2", "how many tokens stay? want dart@2:0.9"),
-    ("--schedule none@17:0.9", "none keeps nothing; want none@17"),
+    ("--schedule random@2=" + 5000 * "9", "does not parse"),
     ("--schedule fastv@0:0.5", "cannot act at layer 0"),
     ("--schedule random@99=1", "layer 99 is out of range"),
     ("--layer 3 --schedule random@3=1", "want it or them"),
@@ -67,26 +64,19 @@ BAD_INPUT = [
     ("--data nowhere", "--data nowhere"),
     ("--limit 0", "--limit: 0, want 1 or more"),
     ("--limit x", "--limit: x"),
-    ("--prompt-style other", "--prompt-style"),
     ("--prompt-style llava", "there is no TextVQA_Rosetta_OCR"),
-    # measuring
-    ("information.py --tolerance 2", "--tolerance: 2"),
-    ("information.py --threshold -1", "--threshold: -1"),
-    ("information.py --window 0", "--window: 0"),
-    ("--max-batch-tokens 0", "--max-batch-tokens: 0"),
-    ("--answers mine", "--answers"),
     # files
     ("--plot curve.png", "--plot curve.png: want a .svg"),
     ("--plot no/where.svg", "--plot no/where.svg"),
     ("--plot curve.svg --schedule dart@2=9", "--plot: draws score against layer"),
-    ("--plot /proc/x.svg --layer 20,21 --limit 2 --method random --bench mme",
+    ("--plot /proc/x.svg --layer 20,21 --limit 1 --method random --bench mme --max-new-tokens 1",
      "/proc/x.svg: cannot be written"),
     ("--out /proc/nowhere", "--out /proc/nowhere: cannot be written"),
     ("--out README.md", "--out README.md: cannot be written"),
     # the other programs
     ("information.py --layer 1,99", "layer 99 is out of range"),
-    ("information.py --layer horizon", "--layer horizon: want layers as 20"),
     ("information.py --mode both", "--mode"),
+    ("information.py --tolerance 2", "--tolerance: 2"),
     ("information.py --ratio 0.5", "--ratio: no such flag"),
     ("information.py --plot curve.gif", "--plot curve.gif: want a .svg"),
     ("demo.py --image nowhere.png --question x", "nowhere.png: not found; want an image"),
@@ -99,29 +89,19 @@ BAD_INPUT = [
     ("demo.py --layer 99", "layer 99 is out of range"),
     ("demo.py --question ''", "--question: is empty"),
     ("bench.py --rounds 0", "--rounds: 0"),
+    ("plan.py --loss 1", "--loss: 1, want more than 0 and less than 1"),
 ]
 
 
-@pytest.fixture
-def half_a_picture(tmp_path):
-    whole = demo.PICTURE.read_bytes()
-    file = tmp_path / "half.jpg"
-    file.write_bytes(whole[:len(whole) // 2])
-    return file
-
-
 @pytest.mark.parametrize("command, message", BAD_INPUT)
-def test_bad_input_is_one_line_that_names_it(command, message, half_a_picture, tmp_path,
-                                             monkeypatch):
+def test_bad_input_is_one_line_that_names_it(command, message, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command.replace("HALF", str(half_a_picture)))
-    program = evaluation
-    if words[0] in PROGRAMS:
-        program = PROGRAMS[words.pop(0)]
+    half = tmp_path / "half.jpg"
+    half.write_bytes(demo.PICTURE.read_bytes()[:999])
+    words = shlex.split(command.replace("HALF", str(half)))
+    program = PROGRAMS[words.pop(0)] if words[0] in PROGRAMS else evaluation
     if "--out" not in words:
         words += ["--out", str(tmp_path / "out")]
-    if program in (evaluation, information) and "--limit" not in words:
-        words += ["--limit", "1"]                       # quick, even where it is not refused
     with pytest.raises(InputError, match=re.escape(message)) as e:
         program.main(words)
     assert "\n" not in str(e.value)
@@ -129,7 +109,6 @@ def test_bad_input_is_one_line_that_names_it(command, message, half_a_picture, t
 
 @pytest.mark.parametrize("flag, said", [
     ("--layers", "did you mean --layer?"), ("--ration=0.5", "did you mean --ratio?"),
-    ("--bnech", "did you mean --bench?"), ("--schedules", "did you mean --schedule?"),
     ("--lim", "did you mean --limit?"),                 # would work today and mean --limes tomorrow
     ("--zzzz", "see eval.py --help"), ("20", "see eval.py --help")])
 def test_a_flag_that_does_not_exist_is_answered_with_the_nearest(flag, said):
@@ -168,31 +147,30 @@ def test_a_device_gets_the_number_that_torch_wants(monkeypatch):
         flags.usable_device("cuda:1")
 
 
-# ---- processes -----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
-def test_an_error_leaves_with_code_2_and_one_line_on_any_console(encoding):
-    """A console of Windows or of LANG=C has no letter for much: UnicodeEncodeError, a traceback."""
-    done = subprocess.run([sys.executable, "eval.py", "--bench", "猫.jsonl"], cwd=ROOT,
-                          capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
-    assert done.returncode == 2 and done.stdout == b""
-    cat = "猫" if encoding == "utf-8" else "\\u732b"
-    want = f"eval.py: error: {cat}.jsonl: not found"
-    assert done.stderr.decode(encoding).startswith(want) and done.stderr.count(b"\n") == 1
+def test_questions_are_drawn_by_seed_in_whole_images():
+    """mme asks two questions of an image."""
+    known = load_benchmark("mme", ROOT / "tiny")
+    drawn, other = (flags.sample(known, 5, seed) for seed in (0, 1))
+    assert len(drawn) == 6 and drawn == [question for question in known if question in drawn]
+    assert len({question.image for question in drawn}) == 3 and drawn != other
+    assert flags.sample(known, 5, 0) == drawn and flags.sample(known, None, 0) == known
 
 
-def test_a_table_prints_on_a_console_without_its_letters_and_a_pipe_may_close(tmp_path):
-    """The table has a plus-minus sign. `eval.py | head -1` ends quietly, the error stream empty."""
-    argv = ["--method", "random", "--seeds", "1", "--limit", "1", "--bench", "mme", "--json"]
-    command = [sys.executable, ROOT / "eval.py", *argv, "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and done.stderr == ""
-    assert "| mme | score | \\xb1 | perception |" in done.stdout
-    again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    again.stdout.close()
-    assert again.stderr.read() == ""
-    assert again.wait() == 128 + 13
+# ---- from start to exit code ---------------------------------------------------------------------
+
+@pytest.fixture
+def started(monkeypatch):
+    """started(main, *argv) -> its exit code, 0 where it returns."""
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+
+    def start(main, *argv):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
+        try:
+            run.start(main)
+        except SystemExit as e:
+            return e.code
+        return 0
+    return start
 
 
 @pytest.mark.parametrize("error, message", [
@@ -201,23 +179,38 @@ def test_a_table_prints_on_a_console_without_its_letters_and_a_pipe_may_close(tm
     (MemoryError(), "memory ran out (MemoryError)"),
     (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB\nmore"),
      "memory ran out (CUDA out of memory. Tried to allocate 9 GiB)\n")])
-def test_what_ends_a_program_is_said_in_one_line(error, message, monkeypatch, capsys):
+def test_what_ends_a_program_is_said_in_one_line(error, message, started, capsys):
     def main(argv):
         raise error
-    monkeypatch.setattr(sys, "argv", ["eval.py"])
-    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as e:
-        run.start(main)
-    assert e.value.code == 2
+    assert started(main) == 2
     said = capsys.readouterr().err
     assert said.startswith("eval.py: error: ") and message in said and said.count("\n") == 1
 
 
-def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["eval.py"])
-    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
-
+def test_a_mistake_in_the_program_keeps_its_traceback(started):
     def main(argv):
         raise RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        run.start(main)
+        started(main)
+
+
+def test_an_error_leaves_with_code_2_and_one_line_on_a_console_without_its_letters():
+    """A console of Windows or of LANG=C has no letter for much: UnicodeEncodeError, a traceback."""
+    done = subprocess.run([sys.executable, "eval.py", "--bench", "猫.jsonl"], cwd=ROOT,
+                          capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 2 and done.stdout == b""
+    assert done.stderr.startswith(b"eval.py: error: \\u732b.jsonl: not found")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_table_prints_on_such_a_console_and_a_pipe_may_close(started, tmp_path, monkeypatch):
+    """The table has a plus-minus sign. `eval.py | head -1` ends quietly."""
+    argv = ["--schedule", "none@0", "--limit", "1", "--bench", "mme", "--out", tmp_path]
+    console = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert started(evaluation.main, *argv) == 0
+    assert b"| mme | score | \\xb1 | perception |" in console.buffer.getvalue()
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))
+    assert started(evaluation.main, *argv) == 128 + 13
