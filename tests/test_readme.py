@@ -28,6 +28,9 @@ NOT_HERE = {
     "python tiny/make.py": "trains for hours; test_tiny.py runs parts of it",
     "python bench.py --against transformers": "needs transformers",
     "python bench.py --shape": "takes minutes at 7B width; test_bench.py runs small shapes",
+    "python demo.py --page": "measures sixteen questions; test_page.py measures one",
+    "python plan.py": "answers a hundred schedules; test_plan.py runs the program on a few",
+    "python tiny/promise.py": "takes an hour; its arithmetic is plan.py's",
     "huggingface-cli download": "needs the network",
     "hf download": "needs the network",
 }
