@@ -12,7 +12,7 @@ from support.checkpoint import read_config
 from support.files import read_image
 from support.run import ROOT, read_records
 from support.statistics import standard_error
-from tokprune import METHODS, InputError, Method, decode, flops, prefill, take_turns
+from tokprune import METHODS, Decoding, InputError, Method, decode, flops, prefill, take_turns
 
 TINY = ROOT / "tiny"
 BENCHMARKS = ["mme", "textvqa"]                         # those of tiny/
@@ -95,11 +95,11 @@ def test_the_one_loop_answers_as_each_schedule_does_on_its_own(positions):
     question = load_benchmark("textvqa", TINY)[0]
     start = model.begin(read_image(question.image), question.prompt)
     [answers] = evaluation.answer_cells(model, start, cells, {}, [question.seed],
-                                        positions=positions)
+                                        Decoding(4), positions)
     for cell in cells:
         pruned = prefill(model, start, cell.schedule, cell.seed + question.seed,
                          positions=positions)
-        assert answers[cell.key] == decode(model, pruned)[0], cell.key
+        assert answers[cell.key] == decode(model, pruned, 4)[0], cell.key
 
 
 # ---- a few questions -----------------------------------------------------------------------------
@@ -125,9 +125,9 @@ def test_removing_nothing_keeping_nothing_and_none_are_told_apart(run, tmp_path)
 
 def test_a_sweep_gives_each_cell_what_it_gets_alone(run, tmp_path):
     argv = ["--ratio", 0.8, "--limit", 2, "--seeds", 1, "--method", "dart,info", "--bench",
-            "textvqa"]
+            "textvqa", "--max-new-tokens", 6]
     plot = tmp_path / "plot.svg"
-    printed, sweep = run(evaluation.main, "--layer", "3,20", *argv, "--plot", plot,
+    printed, sweep = run(evaluation.main, "--layer", "15,20", *argv, "--plot", plot,
                          out=tmp_path / "sweep")
     _, alone = run(evaluation.main, "--layer", 20, *argv, "--batch", 1, out=tmp_path / "20")
     swept = by_schedule(sweep, "textvqa")
@@ -142,7 +142,8 @@ def test_a_sweep_gives_each_cell_what_it_gets_alone(run, tmp_path):
 
 def test_repetition_penalty_reaches_the_model(run, tmp_path):
     """A heavy one lets no character be said twice."""
-    argv = ["--model", TINY / "qwen", "--bench", "textvqa", "--limit", 2, "--schedule", "none@0"]
+    argv = ["--model", TINY / "qwen", "--bench", "textvqa", "--limit", 1, "--schedule", "none@0",
+            "--max-new-tokens", 8]
     run(evaluation.main, *argv, out=tmp_path / "1")
     run(evaluation.main, *argv, "--repetition-penalty", 1e6, out=tmp_path / "2")
     without, heavy = ([record["answers"]["unpruned"] for record in records_of(tmp_path / name,
@@ -244,13 +245,13 @@ def test_the_path_of_the_result_is_printed_and_json_is_the_last_line(main_comman
 
 @pytest.fixture(scope="module")
 def unpruned(run, tmp_path_factory):
-    """Each built-in model on about 24 questions of each benchmark, with all of the image and with
-    none: {model: (result, records by benchmark)}."""
+    """Each built-in model on about 20 questions of each benchmark, with all of the image and with
+    none: {model: (result, records by benchmark)}. No word has more than 6 tokens."""
     found = {}
     for name in BARS:
         out = tmp_path_factory.mktemp(name)
         _, result = run(evaluation.main, "--model", TINY / name, "--schedule", "none@0", "--limit",
-                        24, out=out)
+                        20, "--max-new-tokens", 8, out=out)
         found[name] = result, {benchmark: records_of(out, benchmark) for benchmark in BENCHMARKS}
     return found
 
@@ -272,7 +273,7 @@ def test_builtin_model_reaches_its_bars_and_needs_the_image(unpruned, name):
 
 def test_errors_are_clustered_by_image(unpruned):
     result, records = unpruned["llava"]
-    asked = flags.sample(load_benchmark("mme", TINY), 24, 0)
+    asked = flags.sample(load_benchmark("mme", TINY), 20, 0)
     scores = np.array([100 * record["scores"]["none@0 seed 0"] for record in records["mme"]])
     by_image = standard_error(scores, images_of(asked))
     assert by_image != pytest.approx(standard_error(scores, np.arange(len(asked))), rel=0.1)
