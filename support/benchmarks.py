@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +47,11 @@ class Question:
     def identity(self) -> tuple:
         """What decides an answer and its score, wherever the files lie."""
         return self.id, Path(str(self.image)).name, self.prompt, self.gold, self.metric, self.group
+
+    @property
+    def where(self) -> str:
+        """What an error about it begins with."""
+        return f"{self.source}: question {self.id}"
 
     @property
     def gold_normalized(self) -> str:
@@ -89,6 +93,7 @@ def images_of(questions: list[Question]) -> np.ndarray:
 PERCEPTION = ["existence", "count", "position", "color", "posters", "celebrity", "scene",
               "landmark", "artwork", "OCR"]
 COGNITION = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
+SUBTASKS = PERCEPTION + COGNITION
 YES_OR_NO = "Please answer yes or no."
 
 
@@ -96,29 +101,27 @@ def load_mme(paths: list[Path], style: str | None) -> list[Question]:
     """Read a folder a subtask: in it, or in folders of it, a text of two lines for each image."""
     questions = []
     for folder in paths:
-        if folder.name in PERCEPTION + COGNITION and folder.is_dir():
+        if folder.name in SUBTASKS and folder.is_dir():
             inside = [path for path in paths if folder in path.parents]
-            questions += load_subtask(folder.name, inside)
+            texts = by_stem(inside, ".txt")
+            images = by_stem(inside, ".jpg", ".jpeg", ".png")
+            for stem in sorted(texts.keys() | images.keys()):
+                if stem not in texts or stem not in images:
+                    lone = texts.get(stem) or images[stem]
+                    raise InputError(f"{lone}: is alone; want {stem}.txt and {stem}.jpg or .png")
+                questions += load_pair(folder.name, texts[stem], images[stem])
     return questions
 
 
-def load_subtask(name: str, inside: list[Path]) -> list[Question]:
-    text_of = by_stem(inside, ".txt")
-    image_of = by_stem(inside, ".jpg", ".jpeg", ".png")
+def load_pair(subtask: str, file: Path, image: Path) -> list[Question]:
     questions = []
-    for stem in sorted(text_of.keys() | image_of.keys()):
-        if stem not in text_of:
-            raise InputError(f"{image_of[stem]}: has no {stem}.txt, which asks about it")
-        file = text_of[stem]
-        if stem not in image_of:
-            raise InputError(f"{file}: has no {stem}.jpg or .png, which it asks about")
-        lines = [line.strip() for line in read_text(file).split("\n") if line.strip()]
-        with as_published(file, lines):
-            pair = [line.split("\t") for line in lines]
-            for number, (text, answer) in zip((0, 1), pair, strict=True):
-                text = text.strip().removesuffix(YES_OR_NO).rstrip()
-                questions.append(Question(f"{name}/{stem}/{number}", image_of[stem], text + SHORT,
-                                          [answer.strip()], "yesno", file, name))
+    lines = [line.strip() for line in read_text(file).split("\n") if line.strip()]
+    with as_published(file, lines):
+        pair = [line.split("\t") for line in lines]
+        for number, (text, answer) in zip((0, 1), pair, strict=True):
+            questions.append(Question(f"{subtask}/{file.stem}/{number}", image,
+                                      without_request(text) + SHORT, [answer], "yesno",
+                                      file, subtask))
     return questions
 
 
@@ -129,40 +132,37 @@ def by_stem(paths: list[Path], *suffixes: str) -> dict[str, Path]:
         if path.suffix.lower() in suffixes:
             twin = found.setdefault(path.stem, path)
             if twin is not path:
-                raise InputError(f"{path}: {path.stem} is there twice, as {twin.name} too; want "
-                                 "one")
+                raise InputError(f"{path}: is there twice, as {twin.name} too; want one")
     return found
 
 
+def without_request(text: str) -> str:
+    """Return an MME question without its YES_OR_NO, for which SHORT stands."""
+    return text.strip().removesuffix(YES_OR_NO).rstrip()
+
+
 def parse_yes_no(answer: str) -> str | None:
-    """Read an answer as MME's calculation.py: the whole, else what its first four characters
-    hold."""
-    answer = answer.lower()
-    if answer in ("yes", "no"):
-        return answer
-    for word in ("yes", "no"):
-        if word in answer[:4]:
-            return word
-    return None
+    """Read an answer as MME's calculation.py: by what its first four characters hold."""
+    start = answer.lower()[:4]
+    return next((word for word in ("yes", "no") if word in start), None)
 
 
 def mme_totals(questions: list[Question], scores: np.ndarray) -> dict:
     """Return perception, cognition and their sum, of 100 (acc + acc+) a subtask: acc+ counts the
     images with both questions right. "complete": whether all 14 subtasks are in it."""
-    pairs = {}
+    images = {}                                         # of each subtask: image -> its two scores
     for question, points in zip(questions, scores):
-        of_image = pairs.setdefault(question.group, {}).setdefault(question.image, [])
-        of_image.append(points)
+        of_subtask = images.setdefault(question.group, {})
+        of_subtask.setdefault(question.image, []).append(points)
     subtasks = {}
-    for group in sorted(pairs):
-        right = [points for pair in pairs[group].values() for points in pair]
-        both = [min(pair) for pair in pairs[group].values()]
-        subtasks[group] = 100 * float(np.mean(right) + np.mean(both))
+    for name, pairs in sorted(images.items()):
+        right = [points for pair in pairs.values() for points in pair]
+        both = [min(pair) for pair in pairs.values()]
+        subtasks[name] = 100 * float(np.mean(right) + np.mean(both))
     perception = sum(subtasks.get(name, 0) for name in PERCEPTION)
     cognition = sum(subtasks.get(name, 0) for name in COGNITION)
-    complete = len(subtasks) == len(PERCEPTION + COGNITION)
     return {"perception": perception, "cognition": cognition, "sum": perception + cognition,
-            **subtasks, "complete": complete}
+            **subtasks, "complete": len(subtasks) == len(SUBTASKS)}
 
 
 # ---- TextVQA (arXiv 1904.08920, v0.5.1 val) ------------------------------------------------------
@@ -175,9 +175,7 @@ def load_textvqa(paths: list[Path], style: str | None) -> list[Question]:
     file = find(paths, "TextVQA_0.5.1_val.json")
     if file is None:
         return []
-    folder = find(paths, "train_images")
-    if folder is None:
-        raise InputError(f"{file}: is here, the folder train_images is not" + unpacked(paths))
+    folder = find(paths, "train_images") or file.parent / "train_images"
     tokens = load_ocr(paths, file) if style == "llava" else {}
     questions = []
     for entry in read_list(file, "data"):
@@ -217,20 +215,10 @@ CONTRACTIONS = """
     what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
     why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
     you've""".split()
-
-
-def misspelled_contractions() -> dict[str, str]:
-    """Map each contraction without one of its apostrophes (couldnt've, couldn'tve) to the whole."""
-    table = {}
-    for word in CONTRACTIONS:
-        for i, character in enumerate(word):
-            if character == "'":
-                table[word[:i] + word[i + 1:]] = word
-    table["somebody'd"] = "somebodyd"                   # sic, in the official list
-    return table
-
-
-MISSPELLED = misspelled_contractions()
+# each without one of its apostrophes (couldnt've, couldn'tve)
+MISSPELLED = {word[:i] + word[i + 1:]: word
+              for word in CONTRACTIONS for i, letter in enumerate(word) if letter == "'"}
+MISSPELLED["somebody'd"] = "somebodyd"                  # sic, in the official list
 
 
 def normalize(answer: str) -> str:
@@ -255,17 +243,12 @@ LETTERS = "ABCDE"
 def load_scienceqa(paths: list[Path], style: str | None) -> list[Question]:
     """Read problems.json, pid_splits.json, and images as test/<id>/image.png."""
     file = find(paths, "problems.json")
-    splits = find(paths, "pid_splits.json")
-    if file is None and splits is None:
+    if file is None:
         return []
-    if file is None or splits is None:
-        raise InputError(f"{file or splits}: is here, "
-                         f"{'pid_splits.json' if file else 'problems.json'} is not")
+    splits = find(paths, "pid_splits.json") or file.with_name("pid_splits.json")
     problems = read_json(file)
-    image_of = {}
-    for path in paths:
-        if path.name == "image.png" and path.parent.parent.name == "test":
-            image_of[path.parent.name] = path
+    image_of = {path.parent.name: path for path in paths
+                if path.name == "image.png" and path.parent.parent.name == "test"}
     questions = []
     for pid in read_list(splits, "test"):
         with as_published(file, pid):
@@ -304,26 +287,20 @@ POPE = ("random", "popular", "adversarial")
 
 def load_pope(paths: list[Path], style: str | None) -> list[Question]:
     """Read coco_pope_{random,popular,adversarial}.json, JSON lines; images are COCO val2014's."""
-    files = {name: find(paths, f"coco_pope_{name}.json") for name in POPE}
-    present = [file for file in files.values() if file]
+    files = [f"coco_pope_{name}.json" for name in POPE]
+    present = [path for path in paths if path.name in files]
     if not present:
         return []
-    missing = [f"coco_pope_{name}.json" for name, file in files.items() if file is None]
-    if missing:
-        raise InputError(f"{present[0]}: without {', '.join(missing)}; POPE's F1 is the mean of "
-                         "three")
     image_of = {path.name: path for path in paths if path.name.startswith("COCO_val2014_")}
     questions = []
-    for name, file in files.items():
-        entries = read_lines(file)
-        if not entries:
-            raise InputError(f"{file}: is empty; POPE's F1 is the mean of three files")
-        for entry in entries:
+    for name, file_name in zip(POPE, files):
+        file = find(paths, file_name) or present[0].with_name(file_name)
+        for entry in read_lines(file):
             with as_published(file, entry):
                 image = image_of.get(entry["image"], file.parent / entry["image"])
                 questions.append(Question(f"{name}/{entry['question_id']}", image,
-                                          entry["text"] + SHORT, [entry["label"].capitalize()],
-                                          "pope", file, name))
+                                          entry["text"] + SHORT, [entry["label"]], "pope", file,
+                                          name))
     return questions
 
 
@@ -338,62 +315,43 @@ def pope_totals(questions: list[Question], scores: np.ndarray) -> dict:
     """Return F1, accuracy, precision, recall (yes is positive) and share of yes of each file, in
     percent, and their means over the three files: None where one of them has no answer. A question
     of several files, "random,popular", counts in each."""
-    files = [question.group.split(",") for question in questions]
-    names = list(dict.fromkeys(name for of_question in files for name in of_question))
-    totals = {}
-    for name in names:
-        rows = [i for i, of_question in enumerate(files) if name in of_question]
-        label = np.array([questions[i].gold == ["Yes"] for i in rows])
-        right = np.array([scores[i] for i in rows]) > 0
-        yes = label == right                            # answered, rightly or wrongly
-        hits = (label & yes).sum()
-        for key, value in {"F1": 2 * hits / max(label.sum() + yes.sum(), 1),
-                           "accuracy": right.mean(), "precision": hits / max(yes.sum(), 1),
-                           "recall": hits / max(label.sum(), 1), "yes": yes.mean()}.items():
-            totals[f"{key} {name}"] = 100 * float(value)
-    complete = len(names) == len(POPE)
-    means = {}
-    for key in ("F1", "accuracy", "precision", "recall", "yes"):
-        each = [totals[f"{key} {name}"] for name in names]
-        means[key] = float(np.mean(each)) if complete else None
-    return means | totals | {"complete": complete}
+    keys = ("F1", "accuracy", "precision", "recall", "yes")
+    parts = {}
+    for name in POPE:
+        rows = [i for i, question in enumerate(questions) if name in question.group.split(",")]
+        if rows:
+            label = np.array([questions[i].gold_normalized == "Yes" for i in rows])
+            right = np.array([scores[i] for i in rows]) > 0
+            yes = label == right                        # answered, rightly or wrongly
+            hits = (label & yes).sum()
+            shares = (2 * hits / max(label.sum() + yes.sum(), 1), right.mean(),
+                      hits / max(yes.sum(), 1), hits / max(label.sum(), 1), yes.mean())
+            parts[name] = {key: 100 * float(share) for key, share in zip(keys, shares)}
+    complete = len(parts) == len(POPE)
+    totals = {key: float(np.mean([part[key] for part in parts.values()])) if complete else None
+              for key in keys}
+    for name, part in parts.items():
+        totals |= {f"{key} {name}": share for key, share in part.items()}
+    return totals | {"complete": complete}
 
 
 # ---- a file of your own --------------------------------------------------------------------------
 
-OWN = ("vqa", "exact", "yesno", "choice")
-
-
-def load_jsonl(file: Path, gold: bool = True) -> list[Question]:
+def load_jsonl(file: Path) -> list[Question]:
     """Read a question a line: id, image (a path from the file's folder), question (the whole
-    prompt), answers (gold, as the model writes them: information measures these very tokens),
-    metric. Without gold, a line may lack both answers and metric. Raises InputError.
+    prompt), answers (gold, as the model writes them: information measures these very tokens) and
+    metric; or neither of these two, where nothing is scored. Raises InputError.
 
     metric: vqa (ten answers, soft accuracy), exact (GQA's equality), yesno (MME's rule), choice
     (ScienceQA's, the answer is a letter).
     """
-    fields = {"id": (str, int), "image": str, "question": str}
     questions = []
-    for entry in read_lines(file, **fields):
-        about = f"question {entry['id']}"
-        if gold and not {"answers", "metric"} & entry.keys():
-            raise InputError(f"{file}: {about} has no answers and no metric, so it cannot be "
-                             "scored; information.py --answers own and demo.py need none")
-        if "answers" in entry or "metric" in entry:
-            require(entry, file, about, **fields, answers=list, metric=str)
-            check_own(entry["answers"], entry["metric"], f"{file}: {about}")
-        answers = [answer.strip() for answer in entry.get("answers", [])]
-        image = on_disk(file.parent / entry["image"])
-        questions.append(Question(str(entry["id"]), image, entry["question"], answers,
-                                  entry.get("metric", ""), file))
+    for entry in read_lines(file):
+        entry = require({"answers": [], "metric": ""} | entry, file, id=(str, int), image=str,
+                        question=str, answers=list, metric=str)
+        questions.append(Question(str(entry["id"]), on_disk(file.parent / entry["image"]),
+                                  entry["question"], entry["answers"], entry["metric"], file))
     return questions
-
-
-def check_own(answers: list, metric: str, about: str):
-    if metric not in OWN:
-        raise InputError(f"{about}: metric is {metric!r}, want one of {', '.join(OWN)}")
-    if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        raise InputError(f"{about}: answers are {answers}, want a list of strings, none empty")
 
 
 def parse_exact(answer: str) -> str:
@@ -403,41 +361,34 @@ def parse_exact(answer: str) -> str:
 
 # ---- VLMEvalKit's TSVs: github.com/open-compass/VLMEvalKit, vlmeval/dataset ----------------------
 
-def load_tsv(file: Path, gold: bool = True) -> list[Question]:
+def load_tsv(file: Path) -> list[Question]:
     """Read a TSV by its columns, whatever its name: options make a choice; else ten answers to each
     question TextVQA's, Yes or No to each MME's or POPE's; the rest is scored as exact.
 
-    The prompts are those of the official files above, not VLMEvalKit's. Without gold, a row may
-    lack its answer. Raises InputError.
+    The prompts are those of the official files above, not VLMEvalKit's. Raises InputError.
     """
     rows = rows_with_images(file)
-    answers = [[text.strip() for text in parse_list(row.get("answer", ""))] for row in rows]
-    choices = [{letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
+    golds = [parse_list(row.get("answer", "")) for row in rows]
+    options = [{letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
                for row in rows]
-    without_options = metric_of([of_row for of_row, options in zip(answers, choices)
-                                 if of_row != [""] and not options], rows)
-    groups = groups_of(rows, without_options, any(choices))
+    without_options = metric_of([gold for gold, choices in zip(golds, options)
+                                 if gold and not choices], rows)
+    groups = groups_of(rows, without_options, any(options))
     questions = []
-    for row, of_row, options, group in zip(rows, answers, choices, groups):
-        about = f"{file}: row {row['index']}"
-        if not options.keys() <= set(LETTERS):
-            raise InputError(f"{about} has options {', '.join(options)}; want at most "
-                             f"{', '.join(LETTERS)}")
-        if of_row == [""] and gold:
-            raise InputError(f"{about} has no answer, so it cannot be scored")
+    for row, gold, choices, group in zip(rows, golds, options, groups):
+        if not choices.keys() <= set(LETTERS):
+            raise InputError(f"{file}: question {row['index']} has options {', '.join(choices)}; "
+                             f"want at most {', '.join(LETTERS)}")
         text = row["question"]
-        metric = "choice" if options else without_options
+        metric = "choice" if choices else without_options
         if metric == "choice":
-            prompt = choice_prompt(text, row.get("hint", ""), options)
+            prompt = choice_prompt(text, row.get("hint", ""), choices)
         elif metric == "vqa":
             prompt = text.capitalize() + SHORT
         else:
-            prompt = text.strip().removesuffix(YES_OR_NO).rstrip() + SHORT
-        if metric in ("yesno", "pope"):
-            of_row = [answer.capitalize() for answer in of_row]
-        if of_row == [""]:
-            of_row, metric = [], ""
-        questions.append(Question(row["index"], row["image"], prompt, of_row, metric, file, group))
+            prompt = without_request(text) + SHORT
+        questions.append(Question(row["index"], row["image"], prompt, gold, metric if gold else "",
+                                  file, group))
     return questions
 
 
@@ -448,12 +399,11 @@ def rows_with_images(file: Path) -> list[dict]:
     first = {}                          # where a text of base64 stands first
     images = {}                         # of each index
     for start, size, row in read_tsv(file):
-        lacking = [name for name in ("index", "question") if name not in row]
-        if lacking or not {"image", "image_path"} & row.keys():
+        if not {"index", "question"} <= row.keys() or not {"image", "image_path"} & row.keys():
             raise InputError(f"{file}: has columns {', '.join(row)[:100]}; want index, question, "
                              "and image or image_path, as VLMEvalKit's TSVs")
-        text = row.get("image")
         path = row.get("image_path", "")
+        text = row.get("image")
         if text is None:
             row["image"] = Published(beside(file, only(path, file, row)))
         elif len(text) > 64:            # as VLMEvalKit does; fewer characters: another row's index
@@ -461,63 +411,67 @@ def rows_with_images(file: Path) -> list[dict]:
             place = first.setdefault(hashlib.sha256(text.encode()).digest(), (start, size))
             row["image"] = Published(file, *place, list(row).index("image"), path)
             images[row["index"]] = row["image"]
-        rows.append(row)
+        if text != "":                  # as VLMEvalKit: no image, no question
+            rows.append(row)
     for row in rows:
-        reference = row["image"]
-        if isinstance(reference, str) and reference:
-            if reference not in images:
-                raise InputError(f"{file}: row {row['index']}: image is {reference!r}, which is no "
-                                 "base64 and no row with an image")
-            row["image"] = replace(images[reference], name=row.get("image_path", ""))
-    return [row for row in rows if row["image"]]        # as VLMEvalKit: no image, no question
+        index = row["image"]
+        if isinstance(index, str):
+            if index not in images:
+                raise InputError(f"{file}: question {row['index']}: image is {index!r}, which is "
+                                 "no base64 and no row with an image")
+            row["image"] = replace(images[index], name=row.get("image_path", ""))
+    return rows
 
 
 def parse_list(text: str) -> list[str]:
-    """Return the list that a cell holds as Python text, ['a', 'b'], or the text alone in a list."""
+    """Return the list that a cell holds as Python text, ['a', 'b'], or the text alone in a list,
+    which is empty if the text is."""
     found = text
     if text.startswith("["):
-        with warnings.catch_warnings(action="ignore"), contextlib.suppress(
-                ValueError, SyntaxError, MemoryError, RecursionError):
+        with contextlib.suppress(ValueError, SyntaxError):
             found = ast.literal_eval(text)
-    return [str(part) for part in found] if isinstance(found, list) else [text]
+    if isinstance(found, list):
+        return [str(part) for part in found]
+    return [text] if text else []
 
 
 def only(text: str, file: Path, row: dict) -> str:
     """Return the one image that a cell holds. Raises InputError if there are several."""
     images = parse_list(text)
     if len(images) != 1:
-        raise InputError(f"{file}: row {row['index']} has {len(images)} images; want one")
+        raise InputError(f"{file}: question {row['index']} has {len(images)} images; want one")
     return images[0]
 
 
 def beside(file: Path, image: str) -> Path:
     """Return the path of an image: as written, or in images/<name of the TSV> beside the TSV."""
     folder = file.parent / "images" / file.stem.removesuffix("_local")
-    paths = [Path(image), folder / image, folder / Path(image).name, file.parent / image]
-    return next((on_disk(path) for path in paths if os.path.isfile(on_disk(path))), paths[0])
+    paths = [on_disk(path) for path in (folder / image, folder / Path(image).name,
+                                        file.parent / image)]
+    return next(filter(os.path.isfile, paths), paths[0])
 
 
-def metric_of(answers: list[list[str]], rows: list[dict]) -> str:
+def metric_of(golds: list[list[str]], rows: list[dict]) -> str:
     """Return the metric of questions without options, by all their answers and categories."""
-    if answers and all(len(of_row) == 10 for of_row in answers):
+    if golds and all(len(gold) == 10 for gold in golds):
         return "vqa"
-    if not answers or not all(of_row in (["Yes"], ["No"], ["yes"], ["no"]) for of_row in answers):
+    if not golds or not all(gold in (["Yes"], ["No"], ["yes"], ["no"]) for gold in golds):
         return "exact"
     files = {name for row in rows for name in row.get("category", "").split(",")}
     return "pope" if files <= set(POPE) else "yesno"
 
 
-def groups_of(rows: list[dict], metric: str, choice: bool) -> list[str]:
+def groups_of(rows: list[dict], metric: str, is_choice: bool) -> list[str]:
     """Return each question's part of an official total, "" where there is none. MMBench asks a
     question again with rotated options: 1000007 is 7 again."""
-    groups = [row.get("category", "") for row in rows]
-    if choice:
-        known = {row["index"] for row in rows}
+    if is_choice:
         groups = [re.sub(r"^\d+(\d{6})$", lambda match: str(int(match[1])), row["index"])
                   for row in rows]
-        return groups if set(groups) < known else [""] * len(rows)
-    is_mme = metric == "yesno" and set(groups) <= set(PERCEPTION + COGNITION)
-    return groups if metric == "pope" or is_mme else [""] * len(rows)
+        has_total = set(groups) < {row["index"] for row in rows}
+    else:
+        groups = [row.get("category", "") for row in rows]
+        has_total = metric == "pope" or metric == "yesno" and set(groups) <= set(SUBTASKS)
+    return groups if has_total else [""] * len(rows)
 
 
 def circular_totals(questions: list[Question], scores: np.ndarray) -> dict:
@@ -559,12 +513,12 @@ def remarks(questions: list[Question]) -> list[str]:
     """
     found = []
     groups = {question.group for question in questions}
-    if groups <= set(PERCEPTION + COGNITION):
-        found.append(f"{len(groups)} of {len(PERCEPTION + COGNITION)} subtasks")
+    if groups <= set(SUBTASKS):
+        found.append(f"{len(groups)} of {len(SUBTASKS)} subtasks")
     if questions[0].source.suffix == ".tsv":
         metrics = sorted({question.metric or "none" for question in questions})
         found.append(f"asked in LLaVA's words and not VLMEvalKit's, metric {', '.join(metrics)}")
-    headers = [header for image, header in read_headers(questions).items()
+    headers = [read_header(image) for image in {question.image for question in questions}
                if isinstance(image, Published)]
     turned = sum(header.turned for header in headers)
     transparent = sum(header.transparent for header in headers)
@@ -573,18 +527,6 @@ def remarks(questions: list[Question]) -> list[str]:
     if transparent:
         found.append(f"images with transparent parts: {transparent}")
     return found
-
-
-def read_headers(questions: list[Question]) -> dict:
-    """Return the header of each image. Raises InputError, which names the question."""
-    headers = {}
-    for question in questions:
-        if question.image not in headers:
-            try:
-                headers[question.image] = read_header(question.image)
-            except InputError as e:
-                raise InputError(f"{question.source}: question {question.id}: {e}")
-    return headers
 
 
 def score(answer: str, question: Question) -> tuple[str | None, float]:
@@ -616,18 +558,21 @@ def load_benchmark(name: str, data: Path, style: str | None = None,
                    gold: bool = True) -> list[Question]:
     """Return all questions of a benchmark found in a folder, or of a file, .jsonl or .tsv.
 
-    gold: False where nothing is scored: a file then needs no answers (and no metric). Raises
+    style: one of STYLES. gold: False where nothing is scored: a file then needs no answers. Raises
     InputError.
     """
     paths = []
-    if name.endswith(tuple(FILES)):
-        file = on_disk(Path(name))
-        questions = FILES[file.suffix](file, gold)
-    else:
+    if name in BENCHMARKS:
         paths = paths_under(data)
         questions = BENCHMARKS[name](paths, style)
         for question in questions:
             question.image = Published(question.image)
+    else:
+        if style:
+            raise InputError(f"--prompt-style {style}: {name} has no OCR tokens; want the official "
+                             "files, --bench textvqa")
+        file = on_disk(Path(name))
+        questions = FILES[file.suffix](file)
     if not questions:
         what = f"--data {data}: no {name} found in it" if paths else f"{name}: no questions in it"
         raise InputError(what + unpacked(paths))
@@ -635,35 +580,33 @@ def load_benchmark(name: str, data: Path, style: str | None = None,
     for question in questions:
         twin = first.setdefault(question.id, question)
         if twin is not question:
-            raise InputError(f"{name}: question {question.id} is there twice, in {twin.source} and "
-                             f"in {question.source}")
+            raise InputError(f"{question.where} is there twice, in {twin.source}, too")
         check_gold(question)
+        if gold and not question.metric:
+            raise InputError(f"{question.where} has no answers and no metric, so it cannot be "
+                             "scored; plan.py and information.py --answers own need none")
         text = " ".join([question.id, question.prompt, *question.gold])
         if re.search("[\ud800-\udfff]", text):
-            raise InputError(f"{question.source}: a question holds half a character: "
-                             f"{ascii(text)[:100]}")
+            raise InputError(f"{question.where}: holds half a character: {ascii(text)[:100]}")
         if not os.path.isfile(getattr(question.image, "file", question.image)):
-            raise InputError(f"{question.image}: not found; question {question.id} of {name} is "
-                             "about it" + unpacked(paths))
+            raise InputError(f"{question.where}: {question.image}: not found; want an image"
+                             + unpacked(paths))
     return questions
 
 
 def check_gold(question: Question):
-    """Raise InputError unless the metric can score by these gold answers."""
-    gold = question.gold
-    metric = question.metric
-    about = f"{question.source}: question {question.id}"
-    want = {"vqa": 10, "exact": len(gold), "": 0}.get(metric, 1)
-    if len(gold) != want:
-        raise InputError(f"{about}: {len(gold)} answers, want ten for metric vqa, one for yesno "
-                         "and choice")
-    if not all(isinstance(answer, str) for answer in gold):
-        raise InputError(f"{about}: answers are {gold}, want strings")
-    is_letter = metric != "choice" or gold[0] in set(LETTERS)
-    is_yes_or_no = metric not in ("yesno", "pope") or gold[0].lower() in ("yes", "no")
-    if not is_letter or not is_yes_or_no:
-        raise InputError(f"{about}: the answer is {gold[0]!r}, want yes or no for metric yesno, "
-                         "a letter for choice")
+    """Take off spaces around the gold answers. Raises InputError unless the metric can score by
+    them."""
+    if not all(isinstance(answer, str) for answer in question.gold):
+        raise InputError(f"{question.where}: answers are {str(question.gold)[:100]}, want strings")
+    gold = question.gold = [answer.strip() for answer in question.gold]
+    is_yes_or_no = [answer.lower() for answer in gold] in (["yes"], ["no"])
+    fits = {"": not gold, "vqa": len(gold) == 10, "exact": gold and all(gold),
+            "yesno": is_yes_or_no, "pope": is_yes_or_no, "choice": gold in map(list, LETTERS)}
+    if not fits.get(question.metric):
+        raise InputError(f"{question.where}: answers are {str(gold)[:100]}, metric is "
+                         f"{question.metric!r}; want ten for vqa, one or more for exact, yes or no "
+                         "for yesno, a letter for choice")
 
 
 @contextlib.contextmanager
@@ -679,27 +622,24 @@ def as_published(file: Path, entry):
 
 def read_list(file: Path, key: str) -> list:
     """Return the list that a JSON file holds under that key. Raises InputError."""
-    return require(read_json(file), file, "the whole", **{key: list})[key]
+    return require(read_json(file), file, **{key: list})[key]
 
 
 def paths_under(root: Path) -> list[Path]:
     """Return every file and folder, sorted, links followed, without hidden ones and macOS's
-    copies."""
-    if not root.is_dir():
-        raise InputError(f"--data {root}: no such folder")
-
+    copies. Raises InputError."""
     def unreadable(error):
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
+        raise InputError(f"--data: {error.filename}: cannot be read ({error.strerror})")
     paths = []
     seen = set()
     for folder, inner, names in os.walk(root, followlinks=True, onerror=unreadable):
         real = os.path.realpath(folder)
+        inner[:] = [name for name in inner if not name.startswith((".", "__MACOSX"))]
         if real in seen:                                # a loop of links
             inner.clear()
-            continue
-        inner[:] = [name for name in inner if not name.startswith((".", "__MACOSX"))]
-        seen.add(real)
-        paths += [Path(folder, name) for name in inner + names if not name.startswith(".")]
+        else:
+            seen.add(real)
+            paths += [Path(folder, name) for name in inner + names if not name.startswith(".")]
     return sorted(paths)
 
 
@@ -713,5 +653,6 @@ def find(paths: list[Path], name: str) -> Path | None:
 
 
 def unpacked(paths: list[Path]) -> str:
+    """Return a remark on zip files that lie there, for an error about what is missing."""
     zips = [str(path) for path in paths if path.suffix == ".zip"]
     return f"; not unpacked: {', '.join(zips)}" if zips else ""

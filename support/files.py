@@ -48,45 +48,35 @@ def read_text(file: Path) -> str:
 
 def read_json(file: Path) -> dict:
     """Return the object that a JSON file holds. Raises InputError."""
-    text = read_text(file)
+    return parse_json(read_text(file), f"{file}:")
+
+
+def read_lines(file: Path) -> list[dict]:
+    """Return the objects of a file of JSON lines. Raises InputError, which names the line."""
+    return [parse_json(line, f"{file}: line {number}")
+            for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
+
+
+def parse_json(text: str, what: str) -> dict:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as e:       # not JSON, a number of 5,000 digits, too deep
-        raise InputError(f"{file}: not valid JSON ({e})")
+        raise InputError(f"{what} is not valid JSON ({e})")
     if not isinstance(found, dict):
-        raise InputError(f"{file}: holds a {type(found).__name__}, want a JSON object")
+        raise InputError(f"{what} holds a {type(found).__name__}, want a JSON object")
     return found
 
 
-def read_lines(file: Path, **fields) -> list[dict]:
-    """Return the objects of a file of JSON lines, each with these fields of these types.
-
-    Raises InputError, which names the line.
-    """
-    found = []
-    for number, line in enumerate(read_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise InputError(f"{file}: line {number} is not valid JSON ({e})")
-        found.append(require(entry, file, f"line {number}", **fields))
-    return found
-
-
-def require(entry, file: Path, where: str, **fields) -> dict:
-    """Return the entry if it is an object with these fields, of these types. Raises InputError.
+def require(entry: dict, file: Path, **fields) -> dict:
+    """Return the entry if it has these fields, of these types. Raises InputError.
 
     fields: a type, or a tuple of types, for each name. true and false are not numbers.
     """
-    if not isinstance(entry, dict):
-        raise InputError(f"{file}: {where} {json.dumps(entry)[:100]}: want an object")
     for name, kind in fields.items():
         value = entry.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise InputError(f"{file}: {where} {json.dumps(entry)[:100]}: want "
-                             f"{', '.join(fields)}; {name} is {json.dumps(value)[:40]}")
+            raise InputError(f"{file}: {json.dumps(entry)[:100]}: {name} is "
+                             f"{json.dumps(value)[:40]}; want {', '.join(fields)}")
     return entry
 
 
@@ -111,27 +101,20 @@ def read_tsv(file: Path) -> Iterator[tuple[int, int, dict[str, str]]]:
     Raises InputError.
     """
     csv.field_size_limit(2 ** 31 - 1)                       # a cell may hold an image
-    start = end = 0
-    head = None
-
-    def read_lines_of(f):
-        nonlocal end
-        for line in f:
-            end += len(line)
-            yield line.decode("utf-8-sig")
+    start = 0
     try:
         with file.open("rb") as f:
-            lines = read_lines_of(f)
+            lines = (line.decode("utf-8-sig") for line in f)
+            head = split_row(next(lines, ""), lines)
+            start = f.tell()
             for line in lines:
                 cells = split_row(line, lines)
-                if head is None:
-                    head = cells
-                elif len(cells) == len(head):
-                    yield start, end - start, dict(zip(head, cells))
+                if len(cells) == len(head):
+                    yield start, f.tell() - start, dict(zip(head, cells))
                 elif line.strip():
                     raise InputError(f"{file}: the row at byte {start} has {len(cells)} cells; "
                                      f"want {len(head)}")
-                start = end
+                start = f.tell()
     except FileNotFoundError:
         raise InputError(f"{file}: not found")
     except (csv.Error, OSError, UnicodeDecodeError) as e:

@@ -139,7 +139,7 @@ def test_a_row_without_an_image_is_no_question_and_unscored_ones_need_no_answer(
     [question] = load(tmp_path, "a", *rows, gold=False)
     assert (question.id, question.gold, question.metric) == ("1", [], "")
     assert color_of(question) == (255, 0, 0)
-    with pytest.raises(InputError, match="a.tsv: row 1 has no answer, so it cannot be scored"):
+    with pytest.raises(InputError, match="a.tsv: question 1 has no answers and no metric"):
         load(tmp_path, "a", *rows)
 
 
@@ -147,11 +147,11 @@ ROW = {"index": 0, "image": BLUE, "question": "?", "A": "x", "B": "y", "answer":
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"image": "7"}, "row 1: image is '7', which is no base64 and no row with an image"),
-    ({"image": str([RED, BLUE])}, "row 1 has 2 images; want one"),
+    ({"image": "7"}, "question 1: image is '7', which is no base64 and no row with an image"),
+    ({"image": str([RED, BLUE])}, "question 1 has 2 images; want one"),
     ({"image": "A" * 80}, "cannot be read as an image"),
-    ({"answer": "x"}, "question 1: the answer is 'x'"), ({"index": 0}, "question 0 is there twice"),
-    ({"B": "", "F": "z"}, "row 1 has options A, F; want at most A, B")])
+    ({"answer": "x"}, "question 1: answers are ['x'], metric is 'choice'"), ({"index": 0}, "question 0 is there twice"),
+    ({"B": "", "F": "z"}, "question 1 has options A, F; want at most A, B")])
 def test_rows_that_are_not_right_are_named(change, message, tmp_path):
     with pytest.raises(InputError, match=re.escape(message)):
         for question in load(tmp_path, "a", ROW, ROW | {"index": 1} | change):
