@@ -95,6 +95,7 @@ PERCEPTION = ["existence", "count", "position", "color", "posters", "celebrity",
 COGNITION = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
 SUBTASKS = PERCEPTION + COGNITION
 YES_OR_NO = "Please answer yes or no."
+PICTURES = (".jpg", ".jpeg", ".png")
 
 
 def load_mme(paths: list[Path], style: str | None) -> list[Question]:
@@ -103,13 +104,14 @@ def load_mme(paths: list[Path], style: str | None) -> list[Question]:
     for folder in paths:
         if folder.name in SUBTASKS and folder.is_dir():
             inside = [path for path in paths if folder in path.parents]
-            texts = by_stem(inside, ".txt")
-            images = by_stem(inside, ".jpg", ".jpeg", ".png")
-            for stem in sorted(texts.keys() | images.keys()):
-                if stem not in texts or stem not in images:
-                    lone = texts.get(stem) or images[stem]
-                    raise InputError(f"{lone}: is alone; want {stem}.txt and {stem}.jpg or .png")
-                questions += load_pair(folder.name, texts[stem], images[stem])
+            for stem in sorted({path.stem for path in inside
+                                if path.suffix.lower() in (".txt", *PICTURES)}):
+                file = find(inside, stem + ".txt")
+                image = find(inside, *(stem + suffix for suffix in PICTURES))
+                if file is None or image is None:
+                    raise InputError(f"{file or image}: is alone; want {stem}.txt and {stem}.jpg "
+                                     "or .png")
+                questions += load_pair(folder.name, file, image)
     return questions
 
 
@@ -123,17 +125,6 @@ def load_pair(subtask: str, file: Path, image: Path) -> list[Question]:
                                       without_request(text) + SHORT, [answer], "yesno",
                                       file, subtask))
     return questions
-
-
-def by_stem(paths: list[Path], *suffixes: str) -> dict[str, Path]:
-    """Return the files with one of these suffixes by stem. Raises InputError for a duplicate."""
-    found = {}
-    for path in paths:
-        if path.suffix.lower() in suffixes:
-            twin = found.setdefault(path.stem, path)
-            if twin is not path:
-                raise InputError(f"{path}: is there twice, as {twin.name} too; want one")
-    return found
 
 
 def without_request(text: str) -> str:
@@ -397,29 +388,32 @@ def rows_with_images(file: Path) -> list[dict]:
     InputError."""
     rows = []
     first = {}                          # where a text of base64 stands first
-    images = {}                         # of each index
+    with_image = {}                     # index: place of the image
     for start, size, row in read_tsv(file):
         if not {"index", "question"} <= row.keys() or not {"image", "image_path"} & row.keys():
             raise InputError(f"{file}: has columns {', '.join(row)[:100]}; want index, question, "
                              "and image or image_path, as VLMEvalKit's TSVs")
         path = row.get("image_path", "")
-        text = row.get("image")
-        if text is None:
-            row["image"] = Published(beside(file, only(path, file, row)))
-        elif len(text) > 64:            # as VLMEvalKit does; fewer characters: another row's index
-            only(text, file, row)
-            place = first.setdefault(hashlib.sha256(text.encode()).digest(), (start, size))
+        images = parse_list(row.get("image", path))
+        if len(images) > 1:
+            raise InputError(f"{file}: question {row['index']} has {len(images)} images; want one")
+        if not images:
+            continue                    # as VLMEvalKit: no image, no question
+        if "image" not in row:
+            row["image"] = Published(beside(file, images[0]))
+        elif len(images[0]) > 64:       # as VLMEvalKit; fewer characters: another row's index
+            digest = hashlib.sha256(images[0].encode()).digest()
+            place = first.setdefault(digest, (start, size))
             row["image"] = Published(file, *place, list(row).index("image"), path)
-            images[row["index"]] = row["image"]
-        if text != "":                  # as VLMEvalKit: no image, no question
-            rows.append(row)
+            with_image[row["index"]] = row["image"]
+        rows.append(row)
     for row in rows:
         index = row["image"]
         if isinstance(index, str):
-            if index not in images:
+            if index not in with_image:
                 raise InputError(f"{file}: question {row['index']}: image is {index!r}, which is "
                                  "no base64 and no row with an image")
-            row["image"] = replace(images[index], name=row.get("image_path", ""))
+            row["image"] = replace(with_image[index], name=row.get("image_path", ""))
     return rows
 
 
@@ -433,14 +427,6 @@ def parse_list(text: str) -> list[str]:
     if isinstance(found, list):
         return [str(part) for part in found]
     return [text] if text else []
-
-
-def only(text: str, file: Path, row: dict) -> str:
-    """Return the one image that a cell holds. Raises InputError if there are several."""
-    images = parse_list(text)
-    if len(images) != 1:
-        raise InputError(f"{file}: question {row['index']} has {len(images)} images; want one")
-    return images[0]
 
 
 def beside(file: Path, image: str) -> Path:
@@ -629,7 +615,7 @@ def paths_under(root: Path) -> list[Path]:
     """Return every file and folder, sorted, links followed, without hidden ones and macOS's
     copies. Raises InputError."""
     def unreadable(error):
-        raise InputError(f"--data: {error.filename}: cannot be read ({error.strerror})")
+        raise InputError(f"--data {error.filename}: cannot be read ({error.strerror})")
     paths = []
     seen = set()
     for folder, inner, names in os.walk(root, followlinks=True, onerror=unreadable):
@@ -643,11 +629,13 @@ def paths_under(root: Path) -> list[Path]:
     return sorted(paths)
 
 
-def find(paths: list[Path], name: str) -> Path | None:
-    """Return the one file of that name, or None. Raises InputError if there are two."""
-    files = [path for path in paths if path.name == name]
+def find(paths: list[Path], *names: str) -> Path | None:
+    """Return the one file of these names, in any case, or None. Raises InputError if there are
+    two."""
+    wanted = [name.lower() for name in names]
+    files = [path for path in paths if path.name.lower() in wanted]
     if len(files) > 1:
-        raise InputError(f"--data: {name} is there {len(files)} times, as {files[0]} and "
+        raise InputError(f"--data: {names[0]} is there {len(files)} times, as {files[0]} and "
                          f"{files[1]}; want one")
     return files[0] if files else None
 

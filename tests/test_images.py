@@ -1,4 +1,5 @@
 """A user's own picture is read as a viewer shows it, a benchmark's as its scripts read it."""
+import re
 import unicodedata
 import warnings
 
@@ -7,8 +8,11 @@ import pytest
 from official import lines, official_files
 from PIL import Image
 
+import eval as evaluation
+import information
 from support.benchmarks import load_benchmark, remarks
 from support.files import Published, read_header, read_image
+from support.run import ROOT
 from tokprune import InputError
 
 UPRIGHT = (np.arange(6).reshape(2, 3) * 40).repeat(8, 0).repeat(8, 1).astype(np.uint8)
@@ -105,3 +109,25 @@ def test_a_file_is_found_whose_name_is_stored_in_the_other_unicode_form(stored, 
     [question] = load_benchmark(unicodedata.normalize(asked, str(bench)), tmp_path)
     assert read_image(question.image).size == (2, 3) and question.image == file
     assert read_image(tmp_path / unicodedata.normalize(asked, name)).size == (2, 3)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"image": "thin.png"}, "image is 1x300: one side is more than 200 times the other"),
+    ({"image": "none.png"}, "none.png: cannot be read as an image"),
+    ({"question": "<|image_pad|>?"}, "prompt holds 2 <|image_pad|> tokens"),
+    ({"question": "word " * 600}, "max_position_embeddings")])
+@pytest.mark.parametrize("program", [evaluation, information])
+def test_all_questions_of_a_run_are_looked_at_before_the_first_is_answered(program, change, message,
+                                                                           tmp_path):
+    """Those of a second benchmark were not, and a run of hours ended at the first of these."""
+    Image.new("RGB", (60, 60)).save(tmp_path / "ok.png")
+    Image.new("RGB", (1, 300)).save(tmp_path / "thin.png")
+    (tmp_path / "none.png").write_text("no image")
+    good = {"id": "x", "image": "ok.png", "question": "?", "answers": ["a"], "metric": "exact"}
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    first.write_text(lines(good))
+    second.write_text(lines(good, good | {"id": "y"} | change))
+    with pytest.raises(InputError, match=f"second.jsonl: question y .*{re.escape(message)}"):
+        program.main(["--model", str(ROOT / "tiny" / "qwen"), "--bench", f"{first},{second}",
+                      "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

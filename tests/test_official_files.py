@@ -64,31 +64,24 @@ def test_linked_folders_are_walked_and_loops_are_not(data, tmp_path):
 
 
 def edit(name, content):
-    """A file of the data set, replaced."""
-    def change(data):
-        text = content if isinstance(content, (str, bytes)) else json.dumps(content)
-        file = data / name
-        file.write_bytes(text) if isinstance(text, bytes) else file.write_text(text)
-    return change
+    """Replace a file of the data by this text, or by this object as JSON."""
+    text = content if isinstance(content, str) else json.dumps(content)
+    return lambda data: (data / name).write_text(text, "latin-1")
 
 
 def remove(name):
-    def change(data):
-        path = data / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return change
+    return lambda data: (data / name).unlink()
 
 
 def copy(source, target):
-    def change(data):
-        (shutil.copytree if (data / source).is_dir() else shutil.copy)(data / source, data / target)
-    return change
+    return lambda data: shutil.copy(data / source, data / target)
 
 
-def zipped(name, zip):
+def zipped(name):
+    """Leave an archive in the place of a folder."""
     def change(data):
-        remove(name)(data)
-        (data / zip).touch()
+        shutil.rmtree(data / name)
+        (data / "data.zip").touch()
     return change
 
 
@@ -96,40 +89,38 @@ TEXT = "MME/OCR/0001.txt"
 VQA = "vqa/TextVQA_0.5.1_val.json"
 POPULAR = "pope/coco_pope_popular.json"
 ENTRY = {"question": "?", "question_id": 7, "image_id": "1", "answers": ["a"] * 10}
-BAD = "not as published: "
+BAD = ": not as published: "
 
 
 @pytest.mark.parametrize("change, message", [
     (remove("MME/OCR/0001.jpg"), "0001.txt: is alone; want 0001.txt and 0001.jpg"),
     (edit("MME/OCR/0002.jpg", "x"), "0002.jpg: is alone"),
-    (copy("MME/OCR/0001.jpg", "MME/OCR/0001.png"), "0001.png: is there twice, as 0001.jpg too"),
-    (copy("MME/OCR", "OCR"), "question OCR/0001/0 is there twice"),
+    (copy("MME/OCR/0001.jpg", "MME/OCR/0001.PNG"), "0001.jpg is there 2 times, as "),
+    (lambda data: shutil.copytree(data / "MME/OCR", data / "OCR"),
+     "0001.txt: question OCR/0001/0 is there twice"),
     (remove("vqa/train_images/1.jpg"), "val.json: question 0: "),
     (copy(VQA, "TextVQA_0.5.1_val.json"), "TextVQA_0.5.1_val.json is there 2 times"),
-    (zipped("vqa/train_images", "vqa/train_val_images.zip"), "1.jpg: not found; want an image; not "
-     "unpacked: "),
-    (zipped("pope", "pope.zip"), "no pope found in it; not unpacked: "),
+    (zipped("vqa/train_images"), "1.jpg: not found; want an image; not unpacked: "),
+    (zipped("pope"), "no pope found in it; not unpacked: "),
     (remove(POPULAR), "coco_pope_popular.json: not found"),
     (remove(f"coco/val2014/{COCO}"), f"{COCO}: not found"),
     (remove("sqa/pid_splits.json"), "pid_splits.json: not found"),
     # not as published: one guard, with file, entry and what was found
-    (edit(TEXT, "Is it? Yes\nIs it not?\tNo\n"), "0001.txt: " + BAD + '["Is it? Yes", '),
-    (edit(TEXT, "Is it?\tYes\n"), "0001.txt: " + BAD),
-    (edit(TEXT, "Is it?\tYes\nIs it not?\tPerhaps\n"), "question OCR/0001/1: answers are "
-     "['Perhaps'], metric is 'yesno'; want"),
-    (edit(TEXT, b"Is it \xe9?\tYes\nIs it not?\tNo\n"), "0001.txt: not UTF-8"),
+    (edit(TEXT, "Is it? Yes\nIs it not?\tNo\n"), "0001.txt" + BAD + '["Is it? Yes", '),
+    (edit(TEXT, "Is it?\tYes\n"), "0001.txt" + BAD),
+    (edit(TEXT, "Is it?\tYes\nIs it not?\tPerhaps\n"),
+     "question OCR/0001/1: answers are ['Perhaps'], metric is 'yesno'; want"),
+    (edit(TEXT, "Is it \xe9?\tYes\nIs it not?\tNo\n"), "0001.txt: not UTF-8"),
     (edit(VQA, {"data": 5}), '{"data": 5}: data is 5; want data'),
-    (edit(VQA, {"data": ["x"]}), VQA[4:] + ": " + BAD + '"x" (TypeError'),
-    (edit(VQA, "[]"), "holds a list, want a JSON object"), (edit(VQA, "{"), "not valid JSON"),
+    (edit(VQA, {"data": ["x"]}), 'val.json' + BAD + '"x" (TypeError'),
     (edit(VQA, '{"data": ' + "[" * 100000), "not valid JSON"),
     (edit(VQA, {"data": [ENTRY | {"answers": ["a"]}]}), "question 7: answers are ['a'], metric is "
      "'vqa'; want ten for vqa"),
     (edit(VQA, {"data": [ENTRY | {"answers": [5] * 10}]}), "question 7: answers are [5, "),
     (edit(VQA, {"data": [ENTRY | {"question": "\ud83d?"}]}), "holds half a character"),
-    (edit(POPULAR, '{"question_id": 1}'), "coco_pope_popular.json: " + BAD + '{"question_id": 1}'),
+    (edit(POPULAR, '{"question_id": 1}'), "coco_pope_popular.json" + BAD + '{"question_id": 1}'),
     (edit(POPULAR, "{\n"), "coco_pope_popular.json: line 1 is not valid JSON"),
-    (edit("sqa/pid_splits.json", {"test": ["70"]}), "problems.json: " + BAD + "\"70\" (KeyError"),
-    (edit("sqa/problems.json", {"7": PROBLEM | {"choices": ["x", None]}}), BAD + '"7" (TypeError'),
+    (edit("sqa/pid_splits.json", {"test": ["70"]}), "problems.json" + BAD + '"70" (KeyError'),
     (edit("sqa/problems.json", {"7": PROBLEM | {"choices": ["x"] * 6}}), BAD + '"7" (ValueError'),
     (edit("sqa/problems.json", {"7": PROBLEM | {"answer": 2}}), BAD + '"7" (IndexError')])
 def test_wrong_data_is_named(change, message, data):
@@ -143,20 +134,21 @@ def test_wrong_data_is_named(change, message, data):
 # ---- a file of your own --------------------------------------------------------------------------
 
 OWN = {"id": "x", "image": "1.jpg", "question": "What?", "answers": ["Yes"], "metric": "yesno"}
+BARE = {"id": "w", "image": "1.jpg", "question": "What?"}
 
 
-@pytest.fixture
-def folder(tmp_path):
-    Image.new("RGB", (20, 20)).save(tmp_path / "1.jpg")
-    return tmp_path
+def load(folder, *entries, gold=True):
+    Image.new("RGB", (20, 20)).save(folder / "1.jpg")
+    (folder / "own.jsonl").write_text(lines(*entries))
+    return load_benchmark(str(folder / "own.jsonl"), folder, gold=gold)
 
 
-def test_a_file_of_your_own_is_read_and_scored(folder):
-    file = folder / "own.jsonl"
-    file.write_text(lines(OWN, OWN | {"id": 2, "answers": ["a"] * 9 + ["red"], "metric": "vqa"},
-                          OWN | {"id": "3", "answers": ["B"], "metric": "choice"},
-                          OWN | {"id": "4", "answers": ["a cat"], "metric": "exact"}))
-    questions = load_benchmark(str(file), folder)
+def test_a_file_of_your_own_is_read_and_scored(tmp_path):
+    """Spaces around a gold answer were kept, and answers are stripped: nobody could be right."""
+    ten = ["a"] * 9 + ["red"]
+    questions = load(tmp_path, OWN, OWN | {"id": 2, "answers": ten, "metric": "vqa"},
+                     OWN | {"id": "3", "answers": ["B"], "metric": "choice"},
+                     OWN | {"id": "4", "answers": [" a cat\u00a0\n"], "metric": "exact"})
     assert [q.id for q in questions] == ["x", "2", "3", "4"]
     assert all(q.prompt == "What?" for q in questions)
     assert [q.gold[-1] for q in questions] == ["Yes", "red", "B", "a cat"]
@@ -164,44 +156,27 @@ def test_a_file_of_your_own_is_read_and_scored(folder):
     assert [score(answer, q)[1] for answer, q in zip(answers, questions)] == [1, 0.3, 1, 1]
 
 
-@pytest.mark.parametrize("gold", ["a cat ", " a cat", "a cat\n", "a cat\u00a0"])
-def test_spaces_around_a_gold_answer_are_taken_off(gold, folder):
-    """They were kept, and answers are stripped: nobody could be right."""
-    file = folder / "own.jsonl"
-    file.write_text(lines(OWN | {"answers": [gold], "metric": "exact"}))
-    [question] = load_benchmark(str(file), folder)
-    assert score("a cat", question)[1] == 1 and question.gold_written == "a cat"
-
-
-def test_a_file_that_is_only_asked_needs_no_answers(folder):
-    file = folder / "own.jsonl"
-    bare = {key: OWN[key] for key in ("id", "image", "question")}
-    file.write_text(lines(bare, OWN | {"id": "y"}))
-    first, second = load_benchmark(str(file), folder, gold=False)
+def test_a_file_that_is_only_asked_needs_no_answers(tmp_path):
+    first, second = load(tmp_path, BARE, OWN, gold=False)
     assert (first.gold, first.metric) == ([], "")
     assert (second.gold, second.metric) == (["Yes"], "yesno")
-    with pytest.raises(InputError, match="question x has no answers and no metric, so it cannot"):
-        load_benchmark(str(file), folder)
+    with pytest.raises(InputError, match="question w has no answers and no metric, so it cannot"):
+        load(tmp_path, BARE)
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"metric": "rouge"}, "metric is 'rouge'; want ten for vqa, one or more for exact"),
-    ({"image": "2.jpg"}, "question z: "), ({"image": "."}, ": not found; want an image"),
+    ({"image": "2.jpg"}, ": not found; want an image"), ({"image": "."}, ": not found"),
     ({"answers": "Yes"}, "want id, image, question, answers, metric"),
     ({"answers": None}, "answers is null"), ({"metric": 5}, "metric is 5"),
     ({"id": True}, "id is true"), ({"id": "y"}, "question y is there twice"),
-    ({"answers": [5]}, "answers are [5], want strings"), ({"answers": []}, "answers are []"),
-    ({"answers": [], "metric": "exact"}, "answers are []"), ({"metric": ""}, "metric is ''"),
+    ({"answers": [5]}, "answers are [5], want strings"), ({"metric": ""}, "metric is ''"),
+    ({"metric": "rouge"}, "metric is 'rouge'; want ten for vqa, one or more for exact"),
+    ({"metric": "vqa"}, "want ten for vqa"), ({"answers": ["yes", "no"]}, "yes or no for yesno"),
+    ({"answers": [], "metric": "exact"}, "answers are []"),
     ({"answers": [" "], "metric": "exact"}, "answers are ['']"),
-    ({"metric": "vqa"}, "want ten for vqa"), ({"answers": ["maybe"]}, "yes or no for yesno"),
-    ({"answers": ["yes", "no"]}, "yes or no for yesno"),
-    ({"answers": ["The answer is B."], "metric": "choice"}, "a letter for choice"),
     ({"answers": ["AB"], "metric": "choice"}, "a letter for choice"),
-    ({"id": "\ud800"}, "half a character"),
     ({"answers": ["\ud83d"], "metric": "exact"}, "half a character")])
-def test_wrong_lines_of_your_own_file_are_named(change, message, folder):
-    file = folder / "own.jsonl"
-    file.write_text(lines(OWN, OWN | {"id": "y"}, OWN | {"id": "z"} | change))
+def test_wrong_lines_of_your_own_file_are_named(change, message, tmp_path):
     with pytest.raises(InputError, match=re.escape(message)) as e:
-        load_benchmark(str(file), folder)
-    assert str(file) in str(e.value)
+        load(tmp_path, OWN, OWN | {"id": "y"}, OWN | {"id": "z"} | change)
+    assert str(tmp_path / "own.jsonl") in str(e.value)
