@@ -18,7 +18,7 @@ from information import MEASURES, first_token_is_space, measure_beforehand
 from support import flags, report
 from support.benchmarks import Question, images_of, is_overlong, official_totals, score
 from support.pictures import plot
-from support.run import (RANK, collect, open_folder, provenance, settings_of, start,
+from support.run import (RANK, collect, look_at, open_folder, provenance, settings_of, start,
                          write_result)
 from support.statistics import paired_difference, standard_error
 from tokprune import (METHODS, ORACLES, Decoding, InputError, Stream, check_method, decode, flops,
@@ -318,6 +318,8 @@ def main(argv: list[str]):
     cells = parse_cells(args, flags.num_layers(args))       # wrong flags are named before loading
     data = flags.load_data(args)
     model = flags.load_model(args)
+    asked = {name: flags.sample(known, args.limit, args.seed) for name, known in data.items()}
+    look_at(model, asked)
     settings = settings_of(args, model, data)
     out = open_folder(args, settings)
     result = settings | provenance(args, model) | {"prompts": {}, "benchmarks": {}, "space": {}}
@@ -327,7 +329,7 @@ def main(argv: list[str]):
                                 args.max_batch_tokens, flags.decoding(args), args.positions)
     at_once = flags.at_once(args, most_variants(cells))
     for benchmark, known in data.items():
-        questions = flags.sample(known, args.limit, args.seed)
+        questions = asked[benchmark]
         prompt = report.print_asked(benchmark, questions, known, flags.template(model))
         records = collect(out, benchmark, questions, model, work, at_once)
         rows = summarize(model, benchmark, questions, records, cells)

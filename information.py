@@ -26,7 +26,8 @@ from support import flags, report, statistics
 from support.benchmarks import images_of, score
 from support.files import read_image
 from support.pictures import plot_information
-from support.run import RANK, collect, open_folder, provenance, settings_of, start, write_result
+from support.run import (RANK, collect, look_at, open_folder, provenance, settings_of, start,
+                         write_result)
 from tokprune import (KV, METHODS, Decoding, InputError, Stream, attention, decode, keep, prefill,
                       some_of, together)
 
@@ -566,6 +567,8 @@ def main(argv: list[str]):
     layers = sorted(set(flags.parse_layers(args.layer, flags.num_layers(args))))
     data = flags.load_data(args, gold=args.answers == "gold")
     model = flags.load_model(args)
+    samples = {name: flags.sample(known, args.limit, args.seed) for name, known in data.items()}
+    look_at(model, samples)
     settings = settings_of(args, model, data)
     out = open_folder(args, settings)
     result = settings | provenance(args, model) | {"prompts": {}, "benchmarks": {}}
@@ -577,7 +580,7 @@ def main(argv: list[str]):
                                  args.mode, args.target, args.max_batch_tokens,
                                  flags.decoding(args))
     for benchmark, questions in data.items():
-        asked = flags.sample(questions, args.limit, args.seed)
+        asked = samples[benchmark]
         prompt = report.print_asked(benchmark, asked, questions, flags.template(model))
         records = collect(out, benchmark, asked, model, work, flags.at_once(args, 1))
         values = [from_json(record["information"]) for record in records]

@@ -25,7 +25,8 @@ from support import flags
 from support.benchmarks import METRICS, Question, score
 from support.pictures import plot_plans
 from support.report import print_plan
-from support.run import RANK, collect, open_folder, provenance, settings_of, start, write_result
+from support.run import (RANK, collect, look_at, open_folder, provenance, settings_of, start,
+                         write_result)
 from support.statistics import at_most
 from tokprune import (METHODS, Decoding, InputError, Stream, flops, format_schedule,
                       parse_schedule, together, visual_tokens)
@@ -260,6 +261,7 @@ def main(argv: list[str]):
         check_questions(sum(len(parts[name]["test"]) for name in names), names, args.loss,
                         args.confidence)
     model = flags.load_model(args)
+    look_at(model, data)
     settings = settings_of(args, model, data)
     out = open_folder(args, settings)
     result = settings | provenance(args, model) | {"plans": []}

@@ -226,6 +226,14 @@ def collect(out: Path, benchmark: str, questions: list, model, work, at_once) ->
     return [records[question.id] for question in questions]
 
 
+def look_at(model, data: dict):
+    """Look at every question of a run before the first is answered. Raises InputError, which names
+    the one that the model cannot be asked."""
+    for questions in data.values():
+        for question in questions:
+            shape_of(model, question)
+
+
 def shape_of(model, question) -> tuple:
     """Return the shape of a question's prompt, from the header of its image. Raises InputError."""
     try:
