@@ -38,6 +38,9 @@ class Question:
     source: Path = Path()       # the file that asks it
     group: str = ""             # MME's subtask, POPE's files, a question that MMBench rotates
 
+    def __post_init__(self):    # the model's answers are stripped, too
+        self.gold = [text.strip() if isinstance(text, str) else text for text in self.gold]
+
     @property
     def seed(self) -> int:
         """Random draws depend on the question alone, not on which others are asked."""
@@ -581,11 +584,10 @@ def load_benchmark(name: str, data: Path, style: str | None = None,
 
 
 def check_gold(question: Question):
-    """Take off spaces around the gold answers. Raises InputError unless the metric can score by
-    them."""
-    if not all(isinstance(answer, str) for answer in question.gold):
-        raise InputError(f"{question.where}: answers are {str(question.gold)[:100]}, want strings")
-    gold = question.gold = [answer.strip() for answer in question.gold]
+    """Raise InputError unless the metric can score by the gold answers."""
+    gold = question.gold
+    if not all(isinstance(answer, str) for answer in gold):
+        raise InputError(f"{question.where}: answers are {str(gold)[:100]}, want strings")
     is_yes_or_no = [answer.lower() for answer in gold] in (["yes"], ["no"])
     fits = {"": not gold, "vqa": len(gold) == 10, "exact": gold and all(gold),
             "yesno": is_yes_or_no, "pope": is_yes_or_no, "choice": gold in map(list, LETTERS)}
