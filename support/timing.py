@@ -3,16 +3,15 @@ side: the calls take turns, after a round that warms up."""
 import os
 import platform
 import re
-import shutil
-import subprocess
 import time
 from itertools import accumulate
 from pathlib import Path
+from statistics import median
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 
-from tokprune import in_turn, prefill, with_room
+from tokprune import in_turn, with_room
 
 STEPS = 8                       # tokens decoded at a time
 
@@ -30,24 +29,16 @@ def now(device) -> float:
 def time_in_turns(calls: dict, rounds: int, device) -> dict[str, dict]:
     """Return the milliseconds of each call, by its name: {"median", "low", "high"} of so many
     rounds, after one that warms up. The calls take turns, every other round in reverse."""
-    ms = {name: [] for name in calls}
+    times = {name: [] for name in calls}
     order = list(calls)
     for _ in range(rounds + 1):
         for name in order:
             start = now(device)
             calls[name]()
-            ms[name].append(now(device) - start)
+            times[name].append(now(device) - start)
         order.reverse()
-    return {name: spread(times[1:]) for name, times in ms.items()}
-
-
-def spread(ms: list[float]) -> dict:
-    return {"median": float(np.median(ms)), "low": min(ms), "high": max(ms)}
-
-
-def span(ms: dict, digits: int = 1) -> str:
-    """Format as "12.3 [12.0, 13.1]"."""
-    return f"{ms['median']:.{digits}f} [{ms['low']:.{digits}f}, {ms['high']:.{digits}f}]"
+    return {name: {"median": median(ms[1:]), "low": min(ms[1:]), "high": max(ms[1:])}
+            for name, ms in times.items()}
 
 
 def time_call(call, rounds: int, device) -> dict:
@@ -55,12 +46,14 @@ def time_call(call, rounds: int, device) -> dict:
     return time_in_turns({"": call}, rounds, device)[""]
 
 
-def time_prefill(model, stream, schedules: dict[str, tuple], rounds: int) -> dict[str, dict]:
-    """Return milliseconds from the input of layer 0 to the first logits, by schedule's name."""
-    calls = {}
-    for name, schedule in schedules.items():
-        calls[name] = lambda schedule=schedule: model.logits(prefill(model, stream, schedule))
-    return time_in_turns(calls, rounds, stream.x.device)
+def divided(ms: dict, n: int) -> dict:
+    """Return the milliseconds of one of the n things that were timed together."""
+    return {key: value / n for key, value in ms.items()}
+
+
+def span(ms: dict, digits: int = 1) -> str:
+    """Format as "12.3 [12.0, 13.1]"."""
+    return f"{ms['median']:.{digits}f} [{ms['low']:.{digits}f}, {ms['high']:.{digits}f}]"
 
 
 def decode(model, full_stream):
@@ -74,30 +67,27 @@ def decode(model, full_stream):
 
 # ---- what the device can do ----------------------------------------------------------------------
 
-def matrix_rate(like: torch.Tensor, rounds: int = 5) -> float:
-    """Return the FLOPs a second of a large square matrix product, on that tensor's device, in its
-    precision. Of random numbers: a GPU multiplies constant ones faster."""
-    n = 8192 if like.device.type == "cuda" else 2048
+def device_rates(like: torch.Tensor) -> tuple[float, float]:
+    """Return the FLOPs a second of a large matrix product, in the tensor's precision and on its
+    device, and the bytes a second that a large copy reads and writes there.
+
+    Of random numbers: a GPU multiplies constant ones faster. By `linear`, as models do: in bfloat16
+    on a CPU, `@` may be ten times slower.
+    """
+    on_gpu = like.device.type == "cuda"
+    n = 8192 if on_gpu else 1024
     a = torch.randn(n, n, device=like.device, dtype=like.dtype)
-    ms = time_call(lambda: a @ a, rounds, like.device)["low"]
-    return 2 * n ** 3 / ms * 1000
-
-
-def copy_rate(device, rounds: int = 5) -> float:
-    """Return the bytes a second that a large copy reads and writes on the device."""
-    size = 2 ** 31 if torch.device(device).type == "cuda" else 2 ** 28
-    source = torch.ones(size, dtype=torch.uint8, device=device)
+    source = torch.ones(2 ** 31 if on_gpu else 2 ** 27, dtype=torch.uint8, device=like.device)
     target = torch.empty_like(source)
-    ms = time_call(lambda: target.copy_(source), rounds, device)["low"]
-    return 2 * size / ms * 1000
+    product_ms = time_call(lambda: F.linear(a, a), 5, like.device)["low"]
+    copy_ms = time_call(lambda: target.copy_(source), 5, like.device)["low"]
+    return 2000 * n ** 3 / product_ms, 2000 * len(source) / copy_ms
 
 
-def floor_ms(layer_flops: list[float], layer_bytes: list[float], rate: float,
-             bandwidth: float) -> float:
+def floor_ms(layer_flops: list[float], layer_bytes: float, rate: float, bandwidth: float) -> float:
     """Return the least milliseconds of a prefill: a layer takes at least the time of its FLOPs at
     `rate` and that of reading its weights once at `bandwidth`, whichever is longer."""
-    seconds = [max(n / rate, size / bandwidth) for n, size in zip(layer_flops, layer_bytes)]
-    return 1000 * sum(seconds)
+    return 1000 * sum(max(n / rate, layer_bytes / bandwidth) for n in layer_flops)
 
 
 # ---- memory, and the device's name ---------------------------------------------------------------
@@ -110,10 +100,9 @@ def extra_memory(call, device) -> int:
         call()
         return torch.cuda.max_memory_allocated(device) - before
     os.environ["KINETO_LOG_LEVEL"] = "6"        # or the profiler says when it starts and stops
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        call()
-    events = profiler.profiler.kineto_results.events()
-    events = [event for event in events if event.name() == "[memory]"]
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        call()                          # torch.profiler's takes two seconds more to import
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate((event.nbytes() for event in events), initial=0))
 
@@ -129,18 +118,9 @@ def cache_bytes(stream) -> int:
 
 
 def device_name(device) -> str:
-    """Return the GPU with its driver and CUDA version, or the CPU's model where Linux tells it."""
+    """Return the GPU with its CUDA version, or the CPU's model where Linux tells it."""
     if torch.device(device).type == "cuda":
-        driver = "unknown"
-        if shutil.which("nvidia-smi"):
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            printed = subprocess.run(query, capture_output=True, text=True).stdout.split()
-            driver = printed[0] if printed else driver
-        name = torch.cuda.get_device_name(device)
-        return f"{name}, driver {driver}, CUDA {torch.version.cuda}"
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = re.search(r"model name\s*: (.*)", cpuinfo.read_text())
-        if model:
-            return model[1]
-    return platform.machine()
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return model[1] if model else platform.machine()
