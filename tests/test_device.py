@@ -79,22 +79,20 @@ def model(request):
 
 def main_path(model):
     """Every kind of work that a run does, and what comes of it."""
-    start = model.begin(images()["wide"], QUESTIONS[0])
-    streams = [start, model.begin(images()["wide"], QUESTIONS[0])]
-    reached = model.run(together(streams), stop=1)
+    streams = [model.begin(images()["wide"], QUESTIONS[0]) for _ in range(2)]
     info = information.measure_beforehand(model, together(streams),
                                           {method: {1} for method in METHODS},
                                           lambda method: ["Yes", "No"])
-    found = []
-    for method in METHODS:
-        pruned = model.run(prune(model, reached, [method] * 4, 3, [0, 1, 2, 3], info[1]))
-        found.append(model.decode(pruned, 2, 1.5))
-    found.append(model.decode(prefill(model, start, [(1, "grid", 0.5), (2, "none", 0)]), 2))
+    methods = [name for name, method in METHODS.items() if not method.keeps_none]
+    pruned = prefill(model, together(streams), [(1, methods * 2, 3)], list(range(2 * len(methods))),
+                     info)
+    found = [pruned.origin.tolist(), model.decode(pruned, 2, 1.5)]
+    found.append(model.decode(prefill(model, streams[0], [(1, "grid", 0.5), (2, "none", 0)]), 2))
     for mode in information.MODES:
-        maps = information.token_information(model, start, "Yes", [0, 2], 3, mode, "each")
+        maps = information.token_information(model, streams[0], "Yes", [0, 2], 3, mode, "each")
         found.append(maps.tolist())
-    found.append(information.answers_without_image(model, start, Decoding(2)))
-    found.append(information.divergence_without_image(model, start, "Yes"))
+    found.append(information.answers_without_image(model, streams[0], Decoding(2)))
+    found.append(information.divergence_without_image(model, streams[0], "Yes"))
     return found
 
 
