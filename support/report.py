@@ -89,8 +89,9 @@ def print_scores(benchmark: str, rows: list[dict], images: int):
 
 
 def print_few(benchmark: str, images: int):
-    print(f"{benchmark}: {images} image{'s' if images > 1 else ''}: no intervals (a bootstrap wants "
-          f"{FEW} at least), and no verdict.\n")
+    count = f"{images} image" if images == 1 else f"{images} images"
+    print(f"{benchmark}: {count}: no intervals (a bootstrap wants {FEW} at least), and no verdict."
+          "\n")
 
 
 def print_table(benchmark: str, rows: list[dict]):

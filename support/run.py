@@ -1,5 +1,5 @@
-"""A run: its folder, the record of each question, appended as it comes so that whatever ends the run
-loses nothing, the processes of torchrun, where a result comes from, and the exit code.
+"""A run: its folder, the record of each question, appended as it comes so that whatever ends the
+run loses nothing, the processes of torchrun, where a result comes from, and the exit code.
 """
 import hashlib
 import json
@@ -185,8 +185,8 @@ def only_numbers(value):
 def collect(out: Path, benchmark: str, questions: list, model, work, at_once) -> list[dict]:
     """Return the record of every question, in their order.
 
-    work(questions, images) returns their records: dicts whose "scores" has "unpruned". at_once(rows)
-    is how many prompts of so many rows it takes; they have equal shapes. Of the questions that no
+    work(questions, images) returns their records: dicts whose "scores" has "unpruned". It gets
+    prompts of equal shape, at_once(rows) of so many rows. Of the questions that no
     process has a record of, this one works on every WORLD-th. Raises InputError at the end if
     memory ran out on some; all others have their records by then.
     """

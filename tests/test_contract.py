@@ -231,7 +231,8 @@ def test_prompts_together_are_pruned_and_answered_as_each_alone(model, layer):
     streams = [model.begin(one, QUESTIONS[0]) for one in pictures]
     names = [name for name, method in METHODS.items()
              if not method.keeps_none and (layer or not method.needs_layer)]
-    info = information.measure_beforehand(model, together(streams), {name: {layer} for name in names},
+    layers_of = {name: {layer} for name in names}
+    info = information.measure_beforehand(model, together(streams), layers_of,
                                           lambda method: ["Yes", "No, a dog"])
     schedule = [(layer, names * 2, 3)]
     both_stream = prefill(model, together(streams), schedule, list(range(2 * len(names))), info)

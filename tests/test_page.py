@@ -253,7 +253,7 @@ def test_every_field_that_the_script_reads_of_a_question_is_in_the_data_block():
 
 def test_the_command_writes_a_page_of_one_s_own_question(tmp_path, capsys, monkeypatch):
     """The image and the question come from the user; the printed command asks the same again. The
-    progress line begins at layer 1 of 24: at 0 it would divide by zero where a terminal shows it."""
+    progress line begins at layer 1 of 24: at 0 it would divide by zero on a terminal."""
     file = tmp_path / "cat.html"
     layers = []
     monkeypatch.setattr(demo, "progress", lambda what, number, of, began: layers.append(number))

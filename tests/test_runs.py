@@ -361,8 +361,8 @@ def test_a_run_has_another_folder_only_if_its_answers_may_differ(code):
     args = evaluation.parse_arguments(argv)
     folder = support_run.open_folder(args, before)
     assert re.fullmatch("runs/eval-llava-[0-9a-f]{8}", str(folder))
-    for name, decides in (("support/report.py", False), ("demo.py", False), ("model_qwen.py", False),
-                          ("tokprune.py", True), ("eval.py", True), ("model_llava.py", True),
+    for name, decides in (("support/report.py", False), ("demo.py", False),
+                          ("model_qwen.py", False), ("tokprune.py", True), ("eval.py", True), ("model_llava.py", True),
                           ("support/benchmarks.py", True)):
         with (code / name).open("a") as file:
             file.write("# a comment\n")
