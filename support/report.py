@@ -66,7 +66,8 @@ def print_asked(benchmark: str, questions: list, known: list, template: str) -> 
     """Print how much of the benchmark is asked, and the first prompt, which is returned."""
     images = len({question.image for question in questions})
     prompt = template.format(question=questions[0].prompt)
-    asked = [part_of(len(questions), len(known)), f"{images} images", *remarks(questions)]
+    count = f"{images} image" if images == 1 else f"{images} images"
+    asked = [part_of(len(questions), len(known)), count, *remarks(questions)]
     print(f"\n{benchmark}: {', '.join(asked)}; the first prompt: {json.dumps(prompt)}\n")
     return prompt
 
