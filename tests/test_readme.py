@@ -109,7 +109,8 @@ def shortened(words: list[str], program: str) -> list[str]:
         replace_value(words, "--seeds", "1")
         if not {"--method", "--schedule"} & set(words):
             words += ["--method", "dart,info"]          # all of them: test_eval.py
-        if value_after(words, "--layer") == "all":
+        layers = value_after(words, "--layer") or ""
+        if layers == "all" or "," in layers:
             replace_value(words, "--layer", "2,20")
     return words
 
