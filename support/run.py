@@ -112,7 +112,10 @@ def open_folder(args, settings: dict) -> Path:
             raise InputError(f"--out {out}: holds a run with other settings: "
                              + ", ".join(differing))
     barrier()                                           # every process has looked
-    if LOCAL_RANK == 0:
+    if RANK == 0:
+        write_text(file, json.dumps(settings, indent=1) + "\n")
+    barrier()
+    if LOCAL_RANK == 0 and not file.exists():           # on a machine with a disk of its own
         write_text(file, json.dumps(settings, indent=1) + "\n")
     return out
 
