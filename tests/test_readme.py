@@ -62,9 +62,10 @@ def program_and_flags(command: str) -> tuple[str, list[str]]:
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """A folder with what the commands name: checkpoints and benchmarks, small ones."""
+    """A folder with what the commands name: a checkpoint and benchmarks, small ones."""
     monkeypatch.chdir(tmp_path)
     official_files(Path("benchmarks"))
+    Path("tiny").mkdir()                                # pictures are written there
     Path("llava-1.5-7b-hf").symlink_to(TINY / "llava")
     return tmp_path
 
