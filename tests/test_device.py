@@ -40,7 +40,7 @@ class SimulatedGPU(TorchFunctionMode):
         self.waits += on_gpu(args[0] if args else None) and (func in WAITING or by_mask)
         wanted = None
         for leaf in leaves:
-            if isinstance(leaf, torch.device) or leaf == "cpu":
+            if isinstance(leaf, torch.device) or isinstance(leaf, str) and leaf == "cpu":
                 wanted = torch.device(leaf)
         if func is torch.Tensor.cpu:
             wanted = CPU
@@ -50,10 +50,13 @@ class SimulatedGPU(TorchFunctionMode):
             tensors = [leaf for leaf in leaves if type(leaf) in (torch.Tensor, torch.nn.Parameter)]
             devices = {on_gpu(tensor) for tensor in tensors if tensor.dim() > 0 or on_gpu(tensor)}
             assert len(devices) < 2, f"{func.__name__}: tensors of two devices"
-        args, kwargs = tree_map(lambda leaf: CPU if isinstance(leaf, torch.device) else leaf,
-                                (args, kwargs))
+        if wanted:
+            args, kwargs = tree_map(lambda leaf: CPU if isinstance(leaf, torch.device) else leaf,
+                                    (args, kwargs))
         out = func(*args, **kwargs)
         label = wanted == GPU if wanted else any(map(on_gpu, leaves))
+        if isinstance(out, torch.Tensor):
+            return labelled(out, label)
         return tree_map(lambda leaf: labelled(leaf, label), out)
 
 
