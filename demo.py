@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from information import (answers_without_image, check_grid, measure_beforehand, per_token,
-                         token_information)
+from information import (answers_without_image, check_grid, from_there_on, measure_beforehand,
+                         per_token, token_information)
 from support import flags, report
 from support.files import read_image, read_json
 from support.page import Measured, write_page
@@ -115,15 +115,7 @@ def horizon_of_question(model, stream: Stream, decoding: Decoding = Decoding()) 
     letter. `information.horizon` has the rule for a benchmark."""
     [answers] = answers_without_image(model, stream, decoding)
     unpruned = answers.pop("unpruned")
-    return horizon_of(list(answers.values()), unpruned)
-
-
-def horizon_of(answers: list[str], unpruned: str) -> int:
-    """Find the first layer from which on the answers are the unpruned one; their number if none."""
-    layer = len(answers)
-    while layer > 0 and answers[layer - 1] == unpruned:
-        layer -= 1
-    return layer
+    return from_there_on([answer == unpruned for answer in answers.values()])
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -209,7 +201,8 @@ def measure_every_layer(model, image: Image.Image, question: str, gold: str | No
     said = {unpruned, *(answer for row in answers.values() for answer in row if answer is not None)}
     return Measured(question, gold, model.canvas(image), stream.grid, unpruned, answers, kept,
                     right={answer for answer in said if is_right(answer, gold or unpruned)},
-                    horizon=horizon_of(answers["none"], unpruned), attention=attended,
+                    horizon=from_there_on([answer == unpruned for answer in answers["none"]]),
+                    attention=attended,
                     information=information_of_answer(model, stream, unpruned))
 
 

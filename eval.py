@@ -106,12 +106,12 @@ def most_variants(cells: list[Cell]) -> int:
 
 
 def answer_questions(model, questions: list[Question], images: list, cells: list[Cell],
-                     answers: str, max_batch_tokens: int, decoding: Decoding,
+                     whose: str, max_batch_tokens: int, decoding: Decoding,
                      positions: str) -> list[dict]:
     """Return the records of questions of equal shape: answers, what the metric reads in them
     ("parsed"), scores, and how many rows there were.
 
-    answers: "gold" or "own", whose information the oracles measure.
+    whose: "gold" or "own", the answers whose information the oracles measure.
     """
     stream = together([model.begin(image, question.prompt)
                        for question, image in zip(questions, images)])
@@ -122,7 +122,7 @@ def answer_questions(model, questions: list[Question], images: list, cells: list
 
     def answers_for(method) -> list[str]:
         target = MEASURES[method.measure].target
-        if answers == "gold" and method.needs_gold:
+        if whose == "gold" and method.needs_gold:
             return [question.gold_for(target) for question in questions]
         return [own or question.gold_for(target) for own, question in zip(own_answers(), questions)]
     info = measure_beforehand(model, stream, layers_to_measure(cells), answers_for,

@@ -95,22 +95,22 @@ def information_of_prompts(model, stream: Stream, answers: list[str], layers: li
             ids_at = [[token] for token in ids_of[p]]
             if target == "each":
                 ids_at.append(sorted(model.eos))        # any of several ids may end an answer
-            values = information_left(model, [some_of(s, [i]) for s in streams],
-                                      some_of(full_stream, [i]), ids_at, layers, window, mode,
-                                      max_batch_tokens)
+            of_prompt = [some_of(layer_stream, [i]) for layer_stream in streams]
+            values = terms_of_windows(model, of_prompt, some_of(full_stream, [i]), ids_at, layers,
+                                      window, mode, max_batch_tokens)
             found[p] = values if target == "each" else values.sum(-1)
     return found
 
 
 def of_equal_length(ids_of: list[list[int]]) -> list[list[int]]:
-    """Group the numbers of the answers by their length."""
+    """Return which prompts have answers of equally many tokens: their numbers, group by group."""
     groups = {}
     for p, ids in enumerate(ids_of):
         groups.setdefault(len(ids), []).append(p)
     return list(groups.values())
 
 
-def information_left(model, streams: list[Stream], full_stream: Stream, ids_at: list[list[int]],
+def terms_of_windows(model, streams: list[Stream], full_stream: Stream, ids_at: list[list[int]],
                      layers: list[int], window: int, mode: str, max_batch_tokens: int) -> Tensor:
     """Return (len(layers), rows, cols, tokens): the terms of I(w, K) for each answer token.
 
@@ -172,10 +172,10 @@ def probabilities_left(model, streams: list[Stream], full_stream: Stream, prefix
     room = max(1, max_batch_tokens // rows)                     # variants in a batch
     values = torch.zeros(len(streams), len(kept), len(ids_at))
     for some_layers, some_windows in batches(len(streams), len(kept), room):
-        together = streams[some_layers]
-        last_stream = run_together(model, together, full_stream, prefix, kept[some_windows])
+        some_streams = streams[some_layers]
+        last_stream = run_together(model, some_streams, full_stream, prefix, kept[some_windows])
         found = probabilities(model, last_stream, ids_at).cpu()
-        values[some_layers, some_windows] = found.unflatten(0, (len(together), -1))
+        values[some_layers, some_windows] = found.unflatten(0, (len(some_streams), -1))
     return values
 
 
@@ -184,10 +184,10 @@ def batches(layers: int, windows: int, room: int) -> list[tuple[slice, slice]]:
     possible together. batches(2, 3, 4) -> layers 0:2 with windows 0:2, then 0:2 with 2:4."""
     slices = []
     for i in range(0, layers, room):
-        together = min(room, layers - i)
-        step = room // together
+        n = min(room, layers - i)                       # layers in a batch
+        step = room // n                                # windows in a batch
         for j in range(0, windows, step):
-            slices.append((slice(i, i + together), slice(j, j + step)))
+            slices.append((slice(i, i + n), slice(j, j + step)))
     return slices
 
 
@@ -257,7 +257,7 @@ def groups_of_windows(grid: tuple[int, int], window: int, mode: str) -> list[Gro
     removed one. Windows side by side share the prefix that ends before their rows.
     """
     rows, cols = grid
-    together = {}
+    alike = {}
     for number, tokens in enumerate(windows_of(grid, window)):
         prefix = 0
         kept = tokens
@@ -267,9 +267,9 @@ def groups_of_windows(grid: tuple[int, int], window: int, mode: str) -> list[Gro
             removed = set(tokens.tolist())
             others = [token for token in range(prefix, rows * cols) if token not in removed]
             kept = torch.tensor(others, dtype=torch.long) - prefix
-        together.setdefault((prefix, len(kept)), []).append((number, kept))
+        alike.setdefault((prefix, len(kept)), []).append((number, kept))
     groups = []
-    for (prefix, _), members in together.items():
+    for (prefix, _), members in alike.items():
         numbers = [number for number, _ in members]
         groups.append(Group(numbers, prefix, torch.stack([kept for _, kept in members])))
     return groups
@@ -393,8 +393,14 @@ def horizon(curve, full: float, tolerance: float = 0.01) -> int:
     curve: the score with all dropped at the input of layer 0, 1, ... -> len(curve) if none, which
     is also so where the full score is 0: nothing can be lost.
     """
-    layer = len(curve)
-    while full > 0 and layer > 0 and curve[layer - 1] >= full - tolerance * full:
+    return from_there_on([full > 0 and score >= full - tolerance * full for score in curve])
+
+
+def from_there_on(holds: list[bool]) -> int:
+    """Find the first layer from which on something holds at every layer: their number if at none.
+    """
+    layer = len(holds)
+    while layer > 0 and holds[layer - 1]:
         layer -= 1
     return layer
 
@@ -443,27 +449,26 @@ def divergence_horizon(curve, threshold: float = 0.002) -> int:
     at most `threshold` of layer 0's. Ours; the threshold was chosen after seeing the built-in
     models.
     """
-    layer = len(curve)
-    while layer > 0 and curve[layer - 1] <= threshold * curve[0]:
-        layer -= 1
-    return layer
+    return from_there_on([nats <= threshold * curve[0] for nats in curve])
 
 
 # ---- a benchmark ---------------------------------------------------------------------------------
 
-def measure_questions(model, questions: list, images: list, layers: list[int], answers: str,
+def measure_questions(model, questions: list, images: list, layers: list[int], whose: str,
                       window: int, mode: str, target: str, max_batch_tokens: int,
                       decoding: Decoding) -> list[dict]:
     """Return the records of questions of equal shape: answers and scores by the layer where
-    everything is dropped, the divergence, and the information of the answer, gold or the model's
-    own (`answers`)."""
+    everything is dropped, the divergence, and the information of the answer.
+
+    whose: "gold", or "own" for the model's.
+    """
     streams = [model.begin(image, question.prompt) for question, image in zip(questions, images)]
     records = []
     for question, stream, said in zip(questions, streams,
                                       answers_without_image(model, together(streams), decoding)):
         own = said["unpruned"]
         scores = {layer: points(answer, question, own) for layer, answer in said.items()}
-        answer = answer_to_measure(question, answers, target, own)
+        answer = answer_to_measure(question, whose, target, own)
         values = token_information(model, stream, answer, layers, window, mode, target,
                                    max_batch_tokens)
         records.append({"answers": said, "scores": scores,
@@ -479,10 +484,10 @@ def points(answer: str, question, unpruned: str) -> float:
     return score(answer, question)[1]
 
 
-def answer_to_measure(question, answers: str, target: str, own: str) -> str:
-    """Return the gold answer for this target or, if answers is "own", the model's own; where that
-    is empty, the gold one. Raises InputError where there is neither."""
-    if answers == "own" and own:
+def answer_to_measure(question, whose: str, target: str, own: str) -> str:
+    """Return the gold answer for this target or, if whose is "own", the model's own; where that is
+    empty, the gold one. Raises InputError where there is neither."""
+    if whose == "own" and own:
         return own
     if not question.gold:
         raise InputError("the model's own answer is empty, and the question has no gold one; there "

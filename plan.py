@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import Cell, answer_cells, most_variants
+from information import from_there_on
 from support import flags
 from support.benchmarks import METRICS, Question, score
 from support.pictures import plot_plans
@@ -62,15 +63,6 @@ def least_questions(loss: float, confidence: float) -> int:
 
 STEP = 0.1                              # of the unpruned model's cost
 HOPELESS = 3                            # times the loss: what seems to change more is not tested
-
-
-def horizon_of(share: np.ndarray, loss: float) -> int:
-    """Return the first layer from which on dropping everything changes at most the loss, L if there
-    is none. share (L,): of the answers that change when it is dropped at layer 0, 1, ..."""
-    layer = len(share)
-    while layer > 0 and share[layer - 1] <= loss:
-        layer -= 1
-    return layer
 
 
 def more_careful(schedules: list[tuple], N: int, L: int) -> np.ndarray:
@@ -328,7 +320,7 @@ def search(model, ask, loss: float, cost_of: str) -> tuple[int, list[dict], list
     L = model.num_layers
     dropped = [((layer, "none", 0),) for layer in range(L)]
     records = ask("search", dropped, "horizon")
-    horizon = horizon_of(changed_in(records, dropped).mean(0), loss)
+    horizon = from_there_on(changed_in(records, dropped).mean(0) <= loss)
     schedules = dropped[horizon:]
     changed = changed_in(records, schedules)
     more = coarse(L, horizon)

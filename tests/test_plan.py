@@ -62,9 +62,9 @@ def test_a_promise_is_broken_in_at_most_5_percent_of_the_draws():
 
 def test_the_horizon_is_the_first_layer_from_which_on_the_loss_holds():
     share = np.array([0.5, 0.1, 0.2, 0.1, 0.0])
-    assert plan.horizon_of(share, 0.1) == 3
-    assert plan.horizon_of(share, 0.6) == 0
-    assert plan.horizon_of(np.array([0.0, 0.2]), 0.1) == 2
+    assert plan.from_there_on(share <= 0.1) == 3
+    assert plan.from_there_on(share <= 0.6) == 0
+    assert plan.from_there_on(np.array([0.0, 0.2]) <= 0.1) == 2
 
 
 def test_more_careful_is_more_tokens_at_every_layer_by_no_other_method():

@@ -14,6 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plan  # noqa: E402
+from information import from_there_on  # noqa: E402
 from support import flags  # noqa: E402
 from support.report import print_heads, print_row  # noqa: E402
 from support.run import collect, open_folder, settings_of, start  # noqa: E402
@@ -50,7 +51,7 @@ def main(argv: list[str]):
             return collect(out / stage, name, questions, model, work, at_once)
         records = ask(schedules, "none")
         changed = plan.changed_in(records, schedules)
-        horizon = plan.horizon_of(changed.mean(0), 0.1)
+        horizon = from_there_on(changed.mean(0) <= 0.1)
         grid = [schedule for later in (0, 1, 3) if horizon + later < L
                 for schedule in plan.coarse(L, horizon + later)]
         changed = np.hstack([changed, plan.changed_in(ask(grid, "grid"), grid)])
@@ -90,7 +91,7 @@ def simulate(name: str, schedules: list[tuple], changed: np.ndarray, cost: np.nd
 def choose(searched, tested, schedules, careful, cost, loss: float, L: int) -> int | None:
     """Return what plan.py chooses, its search limited to these schedules; None if nothing."""
     share = searched.mean(0)
-    horizon = plan.horizon_of(share[:L], loss)
+    horizon = from_there_on(share[:L] <= loss)
     among = np.array([i for i, s in enumerate(schedules) if s[-1][0] >= horizon], int)
     risk = plan.smooth(share[among], len(searched), careful[np.ix_(among, among)])
     stages = np.array([len(schedules[i]) for i in among])
