@@ -114,7 +114,7 @@ def print_verdicts(rows: list[dict]):
 
 SHAPES = {}                             # by name: class and config
 for module in checkpoint.MODELS.values():
-    SHAPES |= importlib.import_module(module).SHAPES
+    SHAPES |= getattr(importlib.import_module(module), "SHAPES", {})
 
 
 def made_up(shape: str, depth: int, device, dtype):
