@@ -569,7 +569,7 @@ def load_benchmark(name: str, data: Path, style: str | None = None,
     for question in questions:
         twin = first.setdefault(question.id, question)
         if twin is not question:
-            raise InputError(f"{question.where} is there twice, in {twin.source}, too")
+            raise InputError(f"{question.where} is a duplicate of one in {twin.source}")
         check_gold(question)
         if gold and not question.metric:
             raise InputError(f"{question.where} has no answers and no metric, so it cannot be "

@@ -95,7 +95,8 @@ def find_folder(path: Path) -> Path:
     """Return the folder itself, or its snapshot in the Hugging Face cache: for a name such as
     llava-hf/llava-1.5-7b-hf that is no folder here, and for a path to models--org--name. Nothing
     is downloaded. Raises InputError."""
-    path = repository = Path(path)
+    path = Path(path)
+    repository = path
     where = "; want a checkpoint folder with config.json and *.safetensors"
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
         cache, variable = hugging_face_cache()
@@ -215,9 +216,10 @@ def check_template(path: Path, prompt: str):
                          f"{want!r}; no model that thinks first, and none with another template, "
                          "is implemented")
     system = r"<\|im_start\|>system(?:\n|\\n)([^{<'\"]+)<\|im_end\|>"
-    turns, want = (sorted(set(re.findall(system, text))) for text in (template, prompt))
-    if turns != want:
-        raise InputError(f"{file}: the chat template's system turn is {turns}, want {want}")
+    turns = sorted(set(re.findall(system, template)))
+    our_turns = re.findall(system, prompt)
+    if turns != our_turns:
+        raise InputError(f"{file}: the chat template's system turn is {turns}, want {our_turns}")
 
 
 def check_length(rows: int, config):

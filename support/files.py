@@ -202,6 +202,7 @@ def orientation(image: Image.Image) -> int:
     """Return how EXIF asks a viewer to turn or mirror the image: 2 to 8; 1: not at all. Broken EXIF
     asks nothing."""
     with contextlib.suppress(Exception):
+        # the class's own, since PNG's decodes the pixels; 0x0112 is the tag of the orientation
         value = Image.Image.getexif(image).get(0x0112, 1)
         return value if value in range(2, 9) else 1
     return 1

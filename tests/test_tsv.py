@@ -141,7 +141,7 @@ ROW = {"index": 0, "image": BLUE, "question": "?", "A": "x", "B": "y", "answer":
     ({"image": str([RED, BLUE])}, "question 1 has 2 images; want one"),
     ({"image": "A" * 80}, "cannot be read as an image"),
     ({"answer": "x"}, "question 1: answers are ['x'], metric is 'choice'"),
-    ({"index": 0}, "question 0 is there twice"),
+    ({"index": 0}, "question 0 is a duplicate"),
     ({"B": "", "F": "z"}, "question 1 has options A, F; want at most A, B")])
 def test_rows_that_are_not_right_are_named(change, message, tmp_path):
     with pytest.raises(InputError, match=re.escape(message)):
