@@ -312,14 +312,7 @@ def main(argv: list[str]):
 def parse_arguments(argv: list[str]):
     p = flags.Parser("bench.py", "How fast a model is, unpruned and pruned by each method.")
     group = p.add_argument_group("what is timed")
-    group.add_argument("--method", metavar="NAMES",
-                       help=f"comma-separated, of {', '.join(TIMED)} (default: all)")
-    group.add_argument("--layer", help="layers at whose input tokens leave: 20, or 2,10,20, or all "
-                       "(default: 2)")
-    group.add_argument("--ratio", type=flags.share,
-                       help="fraction of the visual tokens removed, 0 to 1 (default: 0.9)")
-    group.add_argument("--schedule", action="append", metavar="S", help="in place of --method, "
-                       "--layer and --ratio: 'dart@2=252 none@20'; repeatable")
+    flags.add_pruning_flags(group, TIMED, "2")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--batch", type=sizes, default=[1], metavar="N,N",
                         help="how many questions are answered together: 1,8 (default: 1)")
@@ -338,8 +331,7 @@ def parse_arguments(argv: list[str]):
                        help="decoder layers of the shape (default: as published)")
     flags.add_output_flags(p)
     args = p.parse_args(argv)
-    if args.schedule and (args.method, args.layer, args.ratio) != (None, None, None):
-        raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
+    flags.check_pruning(args, "2")
     if args.against and not importlib.util.find_spec(args.against):
         raise InputError(f"--against {args.against}: it is not installed; want pip install "
                          f"{args.against}")
@@ -367,15 +359,14 @@ def schedules_of(args, L: int) -> list[tuple]:
     """Return unpruned, and each --schedule or, at each layer, none and each --method."""
     schedules = [tuple(parse_schedule(text)) for text in args.schedule or []]
     if not args.schedule:
-        methods = args.method.split(",") if args.method else TIMED
+        methods = TIMED if args.method is None else args.method.split(",")
         # a method that cannot act at layer 0 is left out, unless both were asked for by name
         named = args.method and args.layer != "all"
-        ratio = 0.9 if args.ratio is None else args.ratio
-        for layer in flags.parse_layers("2" if args.layer is None else args.layer, L):
+        for layer in flags.parse_layers(args.layer, L):
             for method in ["none", *methods]:
                 check_method(method, layer if named else 1)
                 if layer > 0 or not METHODS[method].needs_layer:
-                    amount = 0 if METHODS[method].keeps_none else ratio
+                    amount = 0 if METHODS[method].keeps_none else args.ratio
                     schedules.append(((layer, method, amount),))
     for schedule in schedules:
         if not schedule:

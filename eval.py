@@ -237,14 +237,7 @@ def odd_answers(group: list[Cell], questions: list[Question], records: list[dict
 def parse_arguments(argv: list[str]):
     p = flags.Parser("eval.py", "Scores of a vision-language model with its visual tokens pruned.")
     group = p.add_argument_group("pruning")
-    group.add_argument("--method", metavar="NAMES",
-                       help=f"comma-separated, of {', '.join(METHODS)} (default: all)")
-    group.add_argument("--layer", help="layers at whose input tokens leave: 20, or 2,10,20, or all "
-                       "(default: 20)")
-    group.add_argument("--ratio", type=flags.share,
-                       help="fraction of the visual tokens removed, 0 to 1 (default: 0.9)")
-    group.add_argument("--schedule", action="append", metavar="S", help="in place of --method, "
-                       "--layer and --ratio: 'dart@2=252 none@20'; repeatable")
+    flags.add_pruning_flags(group, METHODS, "20")
     group.add_argument("--positions", choices=["keep", "compact"], default="keep",
                        help="positions of kept tokens: original or renumbered (default: keep)")
     group.add_argument("--seeds", type=flags.whole(1), default=3, metavar="N",
@@ -255,8 +248,7 @@ def parse_arguments(argv: list[str]):
     group = flags.add_output_flags(p)
     group.add_argument("--plot", type=Path, metavar="SVG", help="draw score against layer")
     args = p.parse_args(argv)
-    if args.schedule and (args.method, args.layer, args.ratio) != (None, None, None):
-        raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
+    flags.check_pruning(args, "20")
     if args.plot and args.schedule:
         raise InputError("--plot: draws score against layer; want --layer and --ratio, not "
                          "--schedule")
@@ -282,17 +274,16 @@ def parse_cells(args, L: int) -> list[Cell]:
 
 def rows_of_methods(args, L: int) -> list[tuple]:
     """Return (name, schedule, ()) for each method that can act at each layer."""
-    ratio = 0.9 if args.ratio is None else args.ratio
     names = METHODS if args.method is None else args.method.split(",")
     rows = []
-    for layer in flags.parse_layers("20" if args.layer is None else args.layer, L):
+    for layer in flags.parse_layers(args.layer, L):
         for method in dict.fromkeys(["none", "random", *names]):
             # a method that cannot act at layer 0 is left out, unless both were asked for by name
             named = args.method and args.layer != "all"
             if layer == 0 and method in METHODS and METHODS[method].needs_layer and not named:
                 continue
             check_method(method, layer)
-            amount = 0 if METHODS[method].keeps_none else ratio
+            amount = 0 if METHODS[method].keeps_none else args.ratio
             rows.append((method, ((layer, method, amount),), ()))
     return rows
 

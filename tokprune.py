@@ -134,12 +134,12 @@ def some_of(stream: Stream, prompts: list[int]) -> Stream:
 # ---- pruning -------------------------------------------------------------------------------------
 
 def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 0,
-          info: dict[str, Tensor] | None = None, positions: str = "keep") -> Stream:
+          info: dict[str, list[Tensor]] | None = None, positions: str = "keep") -> Stream:
     """Return the stream with only the n visual tokens that `method` chooses (all if it has fewer).
 
     A list of methods, or of seeds, makes one variant of each: those of the first prompt, then those
     of the next. info: by the name of a method that needs it, what was measured of the N visual
-    tokens beforehand: for each prompt (N,) or (N, t). positions: see `keep`. Raises InputError.
+    tokens beforehand, (N,) or (N, t) for each prompt. positions: see `keep`. Raises InputError.
     """
     if isinstance(method, list) and isinstance(seed, list):
         assert len(method) == len(seed), f"{len(method)} methods and {len(seed)} seeds"
@@ -578,10 +578,11 @@ def parse_schedule(text: str) -> list[tuple[int, str, float | int]]:
         method, layer, ratio, number = match.groups()
         layer = int(layer)
         check_method(method, layer)
-        if (ratio or number) is None and not METHODS[method].keeps_none:
+        has_amount = ratio is not None or number is not None
+        if not has_amount and not METHODS[method].keeps_none:
             raise InputError(f"schedule part {part!r}: how many tokens stay? want {part}:0.9, the "
                              f"fraction removed, or {part}=20, the number kept")
-        if (ratio or number) is not None and METHODS[method].keeps_none:
+        if has_amount and METHODS[method].keeps_none:
             raise InputError(f"schedule part {part!r}: {method} keeps nothing; want "
                              f"{method}@{layer}")
         if ratio and float(ratio) > 1:

@@ -1,5 +1,5 @@
-"""The flags that programs share, and what they stand for: the model, the questions, layers. A
-program's flags end in the program: nothing but this file and run.py takes the parsed `args`."""
+"""The flags that programs share, and what they stand for: the model, the questions, layers. Below
+the programs, only this file and run.py take the parsed `args`."""
 import argparse
 import difflib
 import math
@@ -69,10 +69,32 @@ share = number_that(lambda value: 0 <= value <= 1, "0 to 1")             # nan i
 positive = number_that(lambda value: 0 < value < math.inf, "a number above 0")
 
 
+def add_pruning_flags(group, methods, layer: str):
+    """Add which methods prune, where, and how much; layer: the default. `check_pruning` checks them.
+    """
+    group.add_argument("--method", metavar="NAMES",
+                       help=f"comma-separated, of {', '.join(methods)} (default: all)")
+    group.add_argument("--layer", help="layers at whose input tokens leave: 20, or 2,10,20, or all "
+                       f"(default: {layer})")
+    group.add_argument("--ratio", type=share,
+                       help="fraction of the visual tokens removed, 0 to 1 (default: 0.9)")
+    group.add_argument("--schedule", action="append", metavar="S", help="in place of --method, "
+                       "--layer and --ratio: 'dart@2=252 none@20'; repeatable")
+
+
+def check_pruning(args, layer: str):
+    """Raise InputError where --schedule and what it replaces are both given; fill in defaults."""
+    if args.schedule and (args.method, args.layer, args.ratio) != (None, None, None):
+        raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
+    args.layer = layer if args.layer is None else args.layer
+    args.ratio = 0.9 if args.ratio is None else args.ratio
+
+
 def add_model_flags(p: Parser):
     group = p.add_argument_group("model")
     group.add_argument("--model", type=Path, default=ROOT / "tiny" / "llava", metavar="FOLDER",
-                       help="checkpoint folder (default: tiny/llava)")
+                       help="checkpoint folder, or its name in the Hugging Face cache (default: "
+                            "tiny/llava)")
     group.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                        help="precision of the weights (default: bfloat16 on cuda, float32 on cpu)")
