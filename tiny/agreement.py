@@ -1,6 +1,6 @@
 """Compare how cheap scores rank visual tokens with how exact information ranks them.
 
-    python tiny/agreement.py                    the built-in LLaVA, 5 minutes on one core
+    python tiny/agreement.py                    the built-in LLaVA
     python tiny/agreement.py tiny/qwen
 
 Prints a table for each benchmark: Spearman's rank correlation, over the visual tokens of an image,
