@@ -215,9 +215,9 @@ def their_prefill(theirs, stream) -> tuple:
     """Return the last row's logits, float32, and the cache."""
     planes = {}
     if stream.planes:                                   # added to the visual rows
-        start, V = stream.visual
+        first, V = stream.visual
         is_visual = torch.zeros(stream.x.shape[:2], dtype=torch.bool, device=stream.x.device)
-        is_visual[:, start:start + V] = True
+        is_visual[:, first:first + V] = True
         planes = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": list(stream.planes)}
     out = theirs.model.language_model(inputs_embeds=stream.x, position_ids=stream.pos,
                                       use_cache=True, **planes)

@@ -175,7 +175,7 @@ def measure_every_layer(model, image: Image.Image, question: str, gold: str | No
     L = model.num_layers
     stream = model.begin(image, question)
     check_grid(stream)
-    start, N = stream.visual
+    first, N = stream.visual
     [unpruned] = decode(model, model.run(stream), *decoding)
     methods = list(dict.fromkeys(["none", *methods]))
     layers_of = {method: set(range(L)) for method in methods}
@@ -190,7 +190,7 @@ def measure_every_layer(model, image: Image.Image, question: str, gold: str | No
         if layer > 0:
             last = torch.tensor([reached.x.shape[1] - 1])
             probability = view_of(model, reached, 0, seed).attention(last)      # (H, 1, T)
-            attended[layer] = probability[:, 0, start:start + N].mean(0).cpu()
+            attended[layer] = probability[:, 0, first:first + N].mean(0).cpu()
         for batch in batches_that_keep_as_many(methods, layer):
             pruned_stream = prefill(model, reached, [(layer, batch, ratio)], seed, info)
             found = decode(model, pruned_stream, *decoding)

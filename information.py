@@ -199,8 +199,8 @@ def run_together(model, streams: list[Stream], full_stream: Stream, prefix: int,
     Streams at layers 3 and 5 and windows a and b: layers 3 and 4 run the batch [3a, 3b], layers 5
     and later run [3a, 3b, 5a, 5b].
     """
-    start, _ = full_stream.visual
-    shared = start + prefix                             # rows whose cache the unpruned run has
+    first, _ = full_stream.visual
+    shared = first + prefix                             # rows whose cache the unpruned run has
     cache = [KV(kv.keys[:, :, :shared], kv.values[:, :, :shared]) for kv in full_stream.cache]
     joining = {stream.layer: stream for stream in streams}
     batch = None
@@ -215,9 +215,9 @@ def run_together(model, streams: list[Stream], full_stream: Stream, prefix: int,
 
 def rows_behind(stream: Stream, prefix: int) -> Stream:
     """Return the rows of a stream from visual token `prefix` on; the cache holds those before."""
-    start, V = stream.visual
-    first = start + prefix
-    return replace(stream, x=stream.x[:, first:], pos=stream.pos[..., first:],
+    first, V = stream.visual
+    behind = slice(first + prefix, None)
+    return replace(stream, x=stream.x[:, behind], pos=stream.pos[..., behind],
                    visual=(0, V - prefix), origin=stream.origin[:, prefix:], queries=None)
 
 
@@ -321,7 +321,7 @@ def attention_of_answer(model, stream: Stream, answers: list[str], layers: list[
     """Return (layers, N, t) a prompt: attention of the rows that write each token of the answer, in
     the unpruned run, mean over heads and over the layers K and later. No batch: a row a token."""
     full_stream = model.run(stream)
-    start, N = stream.visual
+    first, N = stream.visual
     ids_of = [model.answer_ids(answer) for answer in answers]
     found = [None] * len(answers)
     for prompts in of_equal_length(ids_of):
@@ -333,7 +333,7 @@ def attention_of_answer(model, stream: Stream, answers: list[str], layers: list[
         for layer in range(model.num_layers):
             answer_stream = model.run(answer_stream, stop=layer + 1)
             keys = answer_stream.cache[layer].keys
-            of_prompts = [attention(q, k, rows)[:, :, start:start + N].mean(0).T
+            of_prompts = [attention(q, k, rows)[:, :, first:first + N].mean(0).T
                           for q, k in zip(answer_stream.queries, keys)]
             attended.append(torch.stack(of_prompts))
         for i, p in enumerate(prompts):
@@ -393,7 +393,7 @@ def horizon(curve, full: float, tolerance: float = 0.01) -> int:
     curve: the score with all dropped at the input of layer 0, 1, ... -> len(curve) if none, which
     is also so where the full score is 0: nothing can be lost.
     """
-    return from_there_on([full > 0 and score >= full - tolerance * full for score in curve])
+    return from_there_on([full > 0 and pruned >= full - tolerance * full for pruned in curve])
 
 
 def from_there_on(holds: list[bool]) -> int:

@@ -78,9 +78,9 @@ def settings_of(args, model, data: dict) -> dict:
 def hash_of_ends(file: Path) -> str:
     """Hash a file's first and last MiB: reading 14 GB would take a minute."""
     with file.open("rb") as f:
-        start = f.read(2 ** 20)
+        beginning = f.read(2 ** 20)
         f.seek(max(0, file.stat().st_size - 2 ** 20))
-        return hashlib.sha256(start + f.read()).hexdigest()
+        return hashlib.sha256(beginning + f.read()).hexdigest()
 
 
 def short_hash(parts: list) -> str:

@@ -143,12 +143,12 @@ def test_appended_tokens_go_on_from_the_position_of_the_whole_prompt(model, star
 
 def test_tokens_appended_together_are_tokens_appended_one_by_one(model, full):
     ids = torch.tensor([[5, 6, 7]])
-    together = model.run(model.append(full, ids))
+    at_once = model.run(model.append(full, ids))
     stream = full
     for i in range(3):
         stream = model.run(model.append(stream, ids[:, i:i + 1]))
         # sums in another order: float32, as against the recordings
-        torch.testing.assert_close(together.x[:, i:i + 1], stream.x, rtol=0, atol=1e-4)
+        torch.testing.assert_close(at_once.x[:, i:i + 1], stream.x, rtol=0, atol=1e-4)
 
 
 def test_logits_are_float32_of_the_row_that_is_asked_for(model, start, full):
@@ -273,16 +273,19 @@ class WithNewlines(model_llava.Llava):
 
 @pytest.fixture(scope="module")
 def fork():
-    """-> the model, and a stream of it at layer 0."""
     model = copy.copy(load("llava_grouped"))
     model.__class__ = WithNewlines
-    return model, model.begin(images()["wide"], QUESTIONS[0])
+    return model
+
+
+@pytest.fixture(scope="module")
+def fork_start(fork):
+    return fork.begin(images()["wide"], QUESTIONS[0])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_prunes_a_fork_with_separators_or_refuses_it(fork, method):
+def test_a_method_prunes_a_fork_with_separators_or_refuses_it(fork, fork_start, method):
     """IndexErrors came from methods that took N for rows x cols."""
-    fork, fork_start = fork
     assert fork_start.N == 4 * 5 and fork_start.grid == (4, 4)
     stream = fork.run(fork_start, stop=1)
     try:
@@ -301,9 +304,8 @@ def test_a_method_prunes_a_fork_with_separators_or_refuses_it(fork, method):
     assert len(fork.decode(fork.run(pruned), 2)) == 1
 
 
-def test_text_of_the_fork_begins_behind_its_last_newline_row(fork):
+def test_text_of_the_fork_begins_behind_its_last_newline_row(fork, fork_start):
     """The newline rows behind the first rows * cols were read as text."""
-    fork, fork_start = fork
     view = view_of(fork, fork.run(fork_start, stop=1), 0, 0, None)
     first, N = view.embeds_visual
     tail = model_llava.PROMPT.format(question=QUESTIONS[0]).split("<image>")[1]
