@@ -1,4 +1,7 @@
-"""Token information equals the naive loop, a forward pass a window; the horizon's rules."""
+"""Token information equals the naive loop, a forward pass a window; the horizon's rules.
+
+Tolerances are of float32: a batch sums in another order than a pass alone.
+"""
 import json
 
 import numpy as np

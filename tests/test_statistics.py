@@ -43,7 +43,7 @@ def test_paired_interval_is_wider_where_questions_share_an_image():
     zero = np.zeros(200)
     _, low, high = paired_difference(of_image, zero, np.arange(200))
     _, lower, higher = paired_difference(of_image, zero, np.arange(50).repeat(4))
-    assert higher - lower == pytest.approx(2 * (high - low), rel=0.15)
+    assert higher - lower == pytest.approx(2 * (high - low), rel=0.15)    # of 2,000 draws, twice
 
 
 def test_under_ten_images_there_is_no_interval():
@@ -77,7 +77,7 @@ def test_the_interval_of_a_horizon_counts_images_by_their_questions_too():
     found = horizon_interval(curves, UNEVEN, hundredths)
     assert found["layer"] == 10
     assert found["low"] < 10 < found["high"] < 35
-    assert np.median(found["draws"]) == pytest.approx(10, abs=2)
+    assert np.median(found["draws"]) == pytest.approx(10, abs=2)    # images differ in size
 
 
 def test_a_horizon_moves_with_the_images_that_a_draw_misses():
