@@ -351,7 +351,7 @@ def test_a_run_has_another_folder_only_if_its_answers_may_differ(code):
     every folder that there was "a run with other settings"."""
     argv = ["--layer", "20", "--ratio", "0.9"]
     before = settings(*argv)
-    for same in (["--ratio", "0.9", "--layer", "20"], [*argv, "--json"],
+    for same in ([], ["--ratio", "0.9", "--layer", "20"], [*argv, "--json"],
                  [*argv, "--plot", "b.svg"], [*argv, "--max-batch-tokens", "99"],
                  [*argv, "--batch", "3"], [*argv, "--out", "x"]):
         assert settings(*same) == before, same
@@ -373,7 +373,7 @@ def test_a_run_has_another_folder_only_if_its_answers_may_differ(code):
 
 
 def test_another_ratio_in_the_same_folder_is_refused_in_one_line(undisturbed):
-    with pytest.raises(InputError, match="other settings: ratio is None, this run's is 0.5") as e:
+    with pytest.raises(InputError, match="other settings: ratio is 0.9, this run's is 0.5") as e:
         evaluation.main([*ARGV, "--ratio", "0.5", "--out", str(undisturbed.folder)])
     assert "\n" not in str(e.value)
 
