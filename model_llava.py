@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from support import checkpoint
 from support.image import CLIP_MEAN, CLIP_STD, normalize
-from tokprune import KV, InputError, Stream, decode, finite
+from tokprune import KV, InputError, Stream, causal_mask, decode, finite
 
 IMAGE = "<image>"                       # stands for the image, once in a prompt
 # vicuna_v1, the conversation of LLaVA's own evaluation, which has no repetition penalty; no space
@@ -200,9 +200,7 @@ class Attention(nn.Module):
         cache = KV(k, v) if past is None else past.append(k, v)                 # (B, G, S, D)
         mask = None
         if past is not None and T > 1:          # new rows are causal among themselves alone
-            # imported here: it takes as long as torch itself, and most runs need no mask
-            from torch.nn.attention.bias import causal_lower_right
-            mask = causal_lower_right(T, cache.keys.shape[2])
+            mask = causal_mask(T, cache.keys.shape[2], x.device)
         y = F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=mask,
                                            is_causal=past is None, enable_gqa=self.G != self.H)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D)), q, cache

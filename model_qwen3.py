@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from support import checkpoint
 from support.image import by_token, normalize, on_white, patchify, smart_resize
-from tokprune import KV, InputError, Stream, decode, finite, in_turn
+from tokprune import KV, InputError, Stream, causal_mask, decode, finite, in_turn
 
 IMAGE = "<|image_pad|>"                 # stands for the image, once in a prompt
 # the chat template of the checkpoint for one user turn: no system turn, image first, no BOS; its
@@ -260,9 +260,7 @@ class Attention(nn.Module):
         cache = KV(k, v) if past is None else past.append(k, v)                 # (B, G, S, D)
         mask = None
         if past is not None and T > 1:          # new rows are causal among themselves alone
-            # imported here: it takes as long as torch itself, and most runs need no mask
-            from torch.nn.attention.bias import causal_lower_right
-            mask = causal_lower_right(T, cache.keys.shape[2])
+            mask = causal_mask(T, cache.keys.shape[2], x.device)
         y = F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=mask,
                                            is_causal=past is None, enable_gqa=self.G != self.H)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D)), q, cache

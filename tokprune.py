@@ -97,6 +97,18 @@ class KV:
         return KV(keys, values)
 
 
+def causal_mask(T: int, S: int, device: torch.device):
+    """Return the mask of the last T of S rows: each sees every row up to itself.
+
+    On a GPU it is a form that is never laid out in memory, so that the fast kernels take it.
+    """
+    if device.type == "cuda":
+        # imported here: it takes as long as torch itself
+        from torch.nn.attention.bias import causal_lower_right
+        return causal_lower_right(T, S)
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
 def in_turn(t: Tensor, B: int, dim: int = 0) -> Tensor:
     """Repeat each entry along `dim`, so that there are B: each one's copies in turn. One entry is
     not copied."""

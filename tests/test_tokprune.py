@@ -8,7 +8,7 @@ from samples import QUESTIONS, images
 
 import eval as evaluation
 import tokprune
-from tokprune import METHODS, InputError, Method, keep, prune, with_room
+from tokprune import METHODS, InputError, Method, causal_mask, keep, prune, with_room
 
 IMAGE = images()["whole"]
 
@@ -213,6 +213,10 @@ def test_a_stream_with_room_goes_on_as_one_without(model, start):
     for kv, plain in zip(roomy.cache, stream.cache):
         close(kv.keys, plain.keys)
         assert kv.keys_room.shape[2] == 2 * kv.rows - 1
+
+
+def test_rows_behind_a_cache_see_it_and_themselves():
+    assert causal_mask(2, 4, torch.device("cpu")).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
 
 
 def test_pruned_tokens_are_not_kept_alive_by_views(model, start, reached):
