@@ -21,6 +21,7 @@ from support.run import collect, open_folder, settings_of, start  # noqa: E402
 from support.statistics import at_most  # noqa: E402
 
 SPLITS = 200
+LOSSES = (0.05, 0.1)
 DRAWN = [(40, 120), (100, 300), (300, 1000), (1000, 3000)]      # searched, tested
 
 
@@ -51,9 +52,9 @@ def main(argv: list[str]):
             return collect(out / stage, name, questions, model, work, at_once)
         records = ask(schedules, "none")
         changed = plan.changed_in(records, schedules)
-        horizon = from_there_on(changed.mean(0) <= 0.1)
-        grid = [schedule for later in (0, 1, 3) if horizon + later < L
-                for schedule in plan.coarse(L, horizon + later)]
+        horizons = [from_there_on(changed.mean(0) <= loss) for loss in LOSSES]
+        last = sorted({horizon + later for horizon in horizons for later in (0, 1, 3)})
+        grid = [schedule for layer in last if layer < L for schedule in plan.coarse(L, layer)]
         changed = np.hstack([changed, plan.changed_in(ask(grid, "grid"), grid)])
         cost = plan.costs(model, schedules + grid, records, "flops")
         simulate(name, schedules + grid, changed, cost, records[0]["visual_tokens"], L)
@@ -64,7 +65,7 @@ def simulate(name: str, schedules: list[tuple], changed: np.ndarray, cost: np.nd
     """Print a row for random splits of the questions, and for draws of more, with replacement."""
     careful = plan.more_careful(schedules, N, L)
     Q = len(changed)
-    for loss in (0.05, 0.1):
+    for loss in LOSSES:
         for sizes in [None, *DRAWN]:
             rng = np.random.default_rng(0)
             found = []
