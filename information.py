@@ -420,36 +420,34 @@ def answers_without_image(model, stream: Stream,
     return answers
 
 
-def divergence_without_image(model, stream: Stream, answer: str) -> list[float]:
+def divergence_without_image(model, stream: Stream, answer: str) -> list[list[float]]:
     """Return KL(P unpruned || P with every visual token dropped at the input of layer K), for K =
-    0, 1, ..., in nats, summed over the tokens of the model's own answer, teacher-forced.
+    0, 1, ..., in nats, of each token of the model's own answer, teacher-forced, and of its end.
 
     Needs no gold answer. Ours.
     """
     ids = model.answer_ids(answer)
-    if not ids:
-        return [0.0] * model.num_layers
-    answer_ids = torch.tensor([ids[:-1]], dtype=torch.long, device=stream.x.device)
+    answer_ids = torch.tensor([ids], dtype=torch.long, device=stream.x.device)
     prompt_stream = with_answer(model, stream, answer_ids)
     streams = inputs_of_layers(model, prompt_stream, range(model.num_layers))
     full_stream = model.run(streams[-1])
     nothing = torch.zeros(1, 0, dtype=torch.long)
     without_streams = run_together(model, streams, full_stream, 0, nothing)
-    total = torch.zeros(model.num_layers)
-    for t in range(len(ids)):
-        row = t - len(ids)
+    terms = []
+    for row in range(-len(ids) - 1, 0):
         want = model.logits(full_stream, row).log_softmax(-1)                   # (1, vocab)
         got = model.logits(without_streams, row).log_softmax(-1)                # (L, vocab)
-        total += F.kl_div(got, want.expand_as(got), log_target=True, reduction="none").sum(-1).cpu()
-    return total.tolist()
+        terms.append(F.kl_div(got, want.expand_as(got), log_target=True, reduction="none").sum(-1))
+    return torch.stack(terms, 1).tolist()
 
 
-def divergence_horizon(curve, threshold: float = 0.002) -> int:
+def divergence_horizon(curve, threshold: float = 0.002, of: float | None = None) -> int:
     """Find the horizon without gold answers: the first layer from which on the mean divergence is
-    at most `threshold` of layer 0's. Ours; the threshold was chosen after seeing the built-in
-    models.
+    at most `threshold` of layer 0's, or of another. Ours; the threshold was chosen after seeing the
+    built-in models.
     """
-    return from_there_on([nats <= threshold * curve[0] for nats in curve])
+    most = threshold * (curve[0] if of is None else of)
+    return from_there_on([nats <= most for nats in curve])
 
 
 # ---- a benchmark ---------------------------------------------------------------------------------
@@ -497,24 +495,81 @@ def answer_to_measure(question, whose: str, target: str, own: str) -> str:
 
 def horizons_of(questions: list, records: list[dict], tolerance: float, threshold: float) -> dict:
     """Return the horizon by both rules, {"score": {...}, "divergence": {...}}: layer, interval and
-    draws as `horizon_interval` does, and the curve ("unpruned" and "scores", or "nats")."""
+    draws as `horizon_interval` does, the curve ("unpruned" and "scores", or "nats"), and "half",
+    the layer from which on half of what the image gives is there."""
     image = images_of(questions)
     layers = [str(layer) for layer in range(len(records[0]["divergence"]))]
     scores = np.array([[record["scores"][key] for key in ["unpruned", *layers]]
                        for record in records])
-    divergence = np.array([record["divergence"] for record in records])
+    divergence = np.array([of_tokens(record).sum(1) for record in records])
 
     def by_score(curve):
         return horizon(curve[1:], curve[0], tolerance)
-
-    def by_divergence(curve):
-        return divergence_horizon(curve, threshold)
+    full, *pruned = scores.mean(0)
+    half = [score >= (full + pruned[0]) / 2 for score in pruned]
     horizons = {"score": statistics.horizon_interval(scores, image, by_score),
-                "divergence": statistics.horizon_interval(divergence, image, by_divergence)}
-    horizons["score"]["unpruned"] = 100 * float(scores[:, 0].mean())
-    horizons["score"]["scores"] = (100 * scores[:, 1:].mean(0)).tolist()
-    horizons["divergence"]["nats"] = divergence.mean(0).tolist()
+                "divergence": horizon_by_divergence(divergence, image, threshold)}
+    horizons["score"] |= {"unpruned": 100 * float(full), "half": from_there_on(half),
+                          "scores": [100 * float(score) for score in pruned]}
     return horizons
+
+
+def horizon_by_divergence(divergence: np.ndarray, image: np.ndarray, threshold: float,
+                          of: float | None = None) -> dict:
+    """Return the divergence's part of `horizons_of`. divergence: (questions, layers) in nats; of:
+    what the threshold is a share of, their own mean at layer 0 unless it is said."""
+    def rule(curve):
+        return divergence_horizon(curve, threshold, of)
+    nats = divergence.mean(0)
+    return statistics.horizon_interval(divergence, image, rule) | {
+        "nats": nats.tolist(), "half": divergence_horizon(nats, 0.5)}
+
+
+def of_tokens(record: dict) -> np.ndarray:
+    """Return a record's divergence (layers, tokens) without that of the answer's end."""
+    return np.array(record["divergence"])[:, :-1]
+
+
+def horizons_of_tokens(questions: list, records: list[dict], threshold: float) -> dict[str, dict]:
+    """Return the horizon by divergence of the first token of the model's own answers, the second,
+    ... (those that half of the answers have), of the last, of the answer's end, and of all.
+
+    One yardstick for each token: the threshold is a share of the whole answer's divergence at layer
+    0. The horizon that `horizons_of` finds leaves the end out.
+    """
+    curves = [np.array(record["divergence"]) for record in records]     # (layers, tokens + end)
+    lengths = [curve.shape[1] - 1 for curve in curves]
+    whole = np.mean([of_tokens(record)[0].sum() for record in records])
+    places = {f"token {t + 1}": t for t in range(int(np.median(lengths)))}
+    places |= {"last token": -2, "the answer's end": -1}
+    found = {}
+    for name, place in places.items():
+        have = [i for i, n in enumerate(lengths) if -n - 1 <= place < n]
+        if have:
+            divergence = np.array([curves[i][:, place] for i in have])
+            image = images_of([questions[i] for i in have])
+            found[name] = horizon_by_divergence(divergence, image, threshold, whole)
+            found[name]["questions"] = len(have)
+    all_of_it = np.array([curve.sum(1) for curve in curves])
+    found["answer and end"] = horizon_by_divergence(all_of_it, images_of(questions), threshold)
+    found["answer and end"]["questions"] = len(questions)
+    return found
+
+
+def horizons_of_groups(questions: list, records: list[dict], tolerance: float,
+                       threshold: float) -> dict[str, dict]:
+    """Return `horizons_of` each group of a benchmark's questions that has images enough for an
+    interval: {} where no two have."""
+    groups = {}
+    for i, question in enumerate(questions):
+        groups.setdefault(question.group, []).append(i)
+    found = {}
+    for name, members in groups.items():
+        asked = [questions[i] for i in members]
+        if len(set(images_of(asked))) >= statistics.FEW:
+            found[name] = horizons_of(asked, [records[i] for i in members], tolerance, threshold)
+            found[name]["questions"] = len(asked)
+    return found if len(found) > 1 else {}
 
 
 def first_token_is_space(model, question) -> bool:
@@ -600,9 +655,7 @@ def main(argv: list[str]):
         canvas = model.canvas(read_image(asked[0].image))
         examples[benchmark] = canvas, values[0], asked[0].prompt, answer
     report.print_distance_of_horizons(result["benchmarks"])
-    for found in result["benchmarks"].values():
-        for rule in ("score", "divergence"):
-            del found["horizons"][rule]["draws"]
+    result["benchmarks"] = without_draws(result["benchmarks"])
     picture = args.plot or out / "information.svg"
     if RANK == 0:
         save_maps(out / "information.npz", maps)
@@ -619,11 +672,20 @@ def summarize(model, questions: list, records: list[dict], values: list[np.ndarr
     horizons = horizons_of(questions, records, tolerance, threshold)
     with_gold = [record for question, record in zip(questions, records) if question.gold]
     return {"information": rows, "horizons": horizons, "horizon": horizons["score"],
+            "tokens": horizons_of_tokens(questions, records, threshold),
+            "groups": horizons_of_groups(questions, records, tolerance, threshold),
             "vanishes": statistics.layer_without_information(rows), "asked": len(questions),
             "images": len({question.image for question in questions}),
             "with_gold": len(with_gold),
             "right": sum(record["scores"]["unpruned"] == 1 for record in with_gold),
             "space": sum(first_token_is_space(model, question) for question in questions)}
+
+
+def without_draws(found):
+    """Return what was found without the draws of bootstraps."""
+    if not isinstance(found, dict):
+        return found
+    return {key: without_draws(value) for key, value in found.items() if key != "draws"}
 
 
 def save_maps(file: Path, maps: dict[str, np.ndarray]):

@@ -272,6 +272,7 @@ def print_information_table(benchmark: str, found: dict):
 def print_information(benchmark: str, found: dict, tolerance: float, threshold: float, target: str):
     """Print what is found of a benchmark: a table, horizons by both rules, verdicts."""
     print_information_table(benchmark, found)
+    print_parts(benchmark, found)
     by_score = found["horizons"]["score"]
     by_divergence = found["horizons"]["divergence"]
     L = len(by_score["scores"])
@@ -295,15 +296,40 @@ def print_information(benchmark: str, found: dict, tolerance: float, threshold: 
     print()
 
 
+def print_parts(benchmark: str, found: dict):
+    """Print how deep each token of the model's own answers lies, and each group of questions."""
+    print_heads([f"{benchmark}, tokens", "answers", "horizon by divergence",
+                 "under half of layer 0's from"])
+    whole = found["horizons"]["divergence"] | {"questions": found["asked"]}
+    for name, of_token in (found["tokens"] | {"whole answer": whole}).items():
+        print_row([name, str(of_token["questions"]), layer_of(of_token), str(of_token["half"])])
+    print()
+    print_heads([f"{benchmark}, group", "questions", "horizon by score",
+                 "half of what the image gives from", "horizon by divergence",
+                 "under half of layer 0's from"])
+    whole = found["horizons"] | {"questions": found["asked"]}
+    for name, of_group in (found["groups"] | {"all": whole}).items():
+        cells = [name, str(of_group["questions"])]
+        for rule in ("score", "divergence"):
+            cells += [layer_of(of_group[rule]), str(of_group[rule]["half"])]
+        print_row(cells)
+    print()
+
+
+def layer_of(horizon: dict) -> str:
+    """Format a horizon as "17 [16, 20]"; the layer only where there is no interval."""
+    if horizon["low"] is None:
+        return str(horizon["layer"])
+    return f"{horizon['layer']} [{horizon['low']:g}, {horizon['high']:g}]"
+
+
 def place_of(horizon: dict, L: int, rule: str) -> str:
     """Say a horizon's layer and interval, and what holds from there on. rule has a place for "at
     most", or for "more than" where layer L, past the last, says that there is none."""
-    interval = ""
-    if horizon["low"] is not None:
-        interval = f" [{horizon['low']:g}, {horizon['high']:g}]"
     if horizon["layer"] < L:
-        return (f"horizon at layer {horizon['layer']}{interval}: from there on, "
-                f"{rule.format('at most')} (our rule).")
+        return (f"horizon at layer {layer_of(horizon)}: from there on, {rule.format('at most')} "
+                "(our rule).")
+    interval = layer_of(horizon).removeprefix(str(L))
     return f"no horizon{interval}: even at layer {L - 1}, {rule.format('more than')} (our rule)."
 
 

@@ -48,7 +48,7 @@ DIED = f"another process of this run has ended; {RESUMES}, with as many processe
 
 # flags that decide no answer, and those that a hash of what they name stands for
 NOT_SETTINGS = {"command", "out", "json", "plot", "device", "dtype", "batch", "max_batch_tokens",
-                "model", "data"}
+                "tolerance", "threshold", "model", "data"}
 ENGINE = ["tokprune.py", "information.py", "support/benchmarks.py", "support/image.py"]
 
 

@@ -259,20 +259,22 @@ def test_answers_and_divergence_without_image_equal_a_plain_loop(model, start):
     [answers] = information.answers_without_image(model, start, decoding)
     nats = information.divergence_without_image(model, start, "ab")
     ids = model.answer_ids("ab")
-    prompt = with_ids(model, start, ids[:-1])
+    prompt = with_ids(model, start, ids)
     assert answers["unpruned"] == decode(model, model.run(start), *decoding)[0]
     full = model.run(prompt)
     for layer in range(model.num_layers):
         dropped = model.run(keep(model.run(start, stop=layer), nothing))
         assert answers[str(layer)] == decode(model, dropped, *decoding)[0]
         forced = model.run(keep(model.run(prompt, stop=layer), nothing))
-        want = 0.0
-        for row in range(-len(ids), 0):
+        want = []                                       # of each token, and of the end
+        for row in range(-len(ids) - 1, 0):
             p = model.logits(full, row).softmax(-1)
             q = model.logits(forced, row).softmax(-1)
-            want += (p * (p.log() - q.log())).sum().item()
+            want.append((p * (p.log() - q.log())).sum().item())
         assert nats[layer] == pytest.approx(want, abs=1e-4)
-    assert information.divergence_without_image(model, start, "") == [0.0] * model.num_layers
+    of_empty = information.divergence_without_image(model, start, "")
+    of_first = information.divergence_without_image(model, start, "a")
+    assert [end for [end] in of_empty] == pytest.approx([first for first, _ in of_first], abs=1e-5)
 
 
 def test_a_map_survives_being_written_as_json():

@@ -67,14 +67,15 @@ def test_both_horizons_are_read_off_the_records(measured):
         curve = [scores[str(layer)] for layer in range(24)]
         assert horizons["score"]["layer"] == information.horizon(curve, full)
         assert horizons["score"]["scores"] == pytest.approx([100 * value for value in curve])
-        divergence = np.mean([record["divergence"] for record in asked], 0)
+        divergence = np.mean([np.sum(record["divergence"], 1) - np.array(record["divergence"])[:, -1]
+                              for record in asked], 0)
         layer = information.divergence_horizon(divergence)
         assert horizons["divergence"]["layer"] == layer
         assert horizons["divergence"]["nats"] == pytest.approx(divergence.tolist())
         assert horizons["score"]["low"] is horizons["divergence"]["high"] is None
         assert f"{benchmark}: without gold answers, horizon at layer {layer}: " in printed
         assert f"{benchmark}: 1 image: no intervals" in printed
-        assert "draws" not in horizons["score"] | horizons["divergence"]
+        assert "draws" not in (out / "result.json").read_text()
     assert "horizon lies" not in printed
 
 
@@ -82,13 +83,38 @@ def test_of_ten_images_both_horizons_have_intervals():
     """One image is lost at layer 2, where one diverges: draws without it put the horizon there."""
     questions = [Question(str(i), Path(f"{i}.jpg"), "?", [], "") for i in range(10)]
     records = [{"scores": {"unpruned": 1, "0": 0, "1": 0, "2": float(i > 0), "3": 1},
-                "divergence": [10.0, 5.0, 9.0 * (i == 0), 0.0]} for i in range(10)]
+                "divergence": [[6.0, 4.0, 9.0], [5.0, 0.0, 9.0], [0.0, 9.0 * (i == 0), 9.0],
+                               [0.0, 0.0, 9.0]]}
+               for i in range(10)]
     found = information.horizons_of(questions, records, tolerance=0.05, threshold=0.05)
     for rule in ("score", "divergence"):
         assert (found[rule]["layer"], found[rule]["low"], found[rule]["high"]) == (3, 2, 3), rule
+    assert (found["score"]["half"], found["divergence"]["half"]) == (2, 1)
     assert found["score"]["unpruned"] == 100 and found["score"]["scores"] == [0, 0, 90, 100]
     few = information.horizons_of(questions[:9], records[:9], 0.05, 0.05)
     assert few["score"]["low"] is few["divergence"]["high"] is None
+
+
+def test_each_token_its_end_and_each_group_have_a_horizon():
+    """Answers of one token and of three: the first is settled at layer 1, the last of three at
+    layer 3. By group, only one of two of which drops an answer at layer 1."""
+    questions = [Question(str(i), Path(f"{i}.jpg"), "?", [], "", group="ab"[i % 2])
+                 for i in range(20)]
+    short = [[6.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+    long = [[6.0, 6.0, 6.0, 0.0], [0.0, 6.0, 6.0, 0.0], [0.0, 0.0, 6.0, 0.0], [0.0] * 4]
+    records = [{"scores": {"unpruned": 1, "0": 0, "1": float(i % 2), "2": 1, "3": 1},
+                "divergence": long if i % 4 else short} for i in range(20)]
+    tokens = information.horizons_of_tokens(questions, records, 0.01)
+    assert {name: (found["layer"], found["questions"]) for name, found in tokens.items()} == {
+        "token 1": (1, 20), "token 2": (2, 15), "token 3": (3, 15), "last token": (3, 20),
+        "the answer's end": (2, 20), "answer and end": (3, 20)}
+    assert (tokens["token 3"]["low"], tokens["the answer's end"]["half"]) == (3, 2)
+    groups = information.horizons_of_groups(questions, records, 0.01, 0.01)
+    assert {name: (found["score"]["layer"], found["score"]["low"], found["questions"])
+            for name, found in groups.items()} == {"a": (2, 2, 10), "b": (1, 1, 10)}
+    assert information.horizons_of_groups(questions[:19], records[:19], 0.01, 0.01) == {}
+    whole = [Question(str(i), Path(f"{i}.jpg"), "?", [], "") for i in range(20)]
+    assert information.horizons_of_groups(whole, records, 0.01, 0.01) == {}
 
 
 def test_only_questions_with_a_gold_answer_can_be_right(run, tmp_path):
