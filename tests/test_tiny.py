@@ -139,6 +139,10 @@ def test_scores_are_ranked_against_the_information_of_single_tokens(name, monkey
     first = token_information(model, stream, "Y", [1, 2], 1).flatten(1)
     want = agreement.rank_correlation(first[1], exact[1])
     assert found["information of the first token"][1] == pytest.approx(want)
+    each = token_information(model, stream, "ab", [1, 2], 1, target="each").flatten(1, 2)
+    for name, part in (("last token", -2), ("answer's end", -1)):
+        want = agreement.rank_correlation(each[1, :, part], exact[1])
+        assert found[f"information of the {name}"][1] == pytest.approx(want)
 
 
 def test_agreement_is_averaged_where_there_is_a_correlation(monkeypatch, capsys):

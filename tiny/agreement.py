@@ -33,11 +33,14 @@ def correlations(model, question) -> dict[str, list[float]]:
     own = model.decode(model.run(stream))[0]
 
     def information(answer, mode="keep-one", target="answer"):
-        return token_information(model, stream, answer, LAYERS, 1, mode, target).flatten(1)
+        return token_information(model, stream, answer, LAYERS, 1, mode, target).flatten(1, 2)
     exact = information(question.gold_written)                              # (len(LAYERS), N)
+    *_, of_last, of_end = information(question.gold_written, target="each").unbind(-1)
     [attended] = attention_of_answer(model, stream, [own], LAYERS)
     scores = {
         "information of the first token": information(question.gold_normalized, target="first"),
+        "information of the last token": of_last,
+        "information of the answer's end": of_end,
         "leave-one-out information": information(question.gold_written, mode="leave-one-out"),
         "attention of the own answer, as hindsight": [of_layer.sum(1) for of_layer in attended]}
     reached = stream
