@@ -115,6 +115,13 @@ def test_every_method_takes_part_that_needs_nothing_beforehand(monkeypatch):
     assert plan.coarse(24, 24)[0] == ((0, "random", 0.25),)
 
 
+def test_neighbors_differ_in_one_thing():
+    schedules = [parse_schedule("dart@2:0.5 none@22"), parse_schedule("none@20")]
+    assert [format_schedule(near) for near in plan.narrow(schedules, 24)] == [
+        "dart@2:0.375 none@22", "dart@2:0.625 none@22", "dart@4:0.5 none@22",
+        "dart@2:0.5 none@23", "dart@2:0.5"]
+
+
 def questions_about(images: int, of_each: int = 2) -> list[Question]:
     return [Question(f"{image}/{i}", ROOT / f"{image}.png", "?", [], "") for image in range(images)
             for i in range(of_each)]
