@@ -420,11 +420,13 @@ def answers_without_image(model, stream: Stream,
     return answers
 
 
-def divergence_without_image(model, stream: Stream, answer: str) -> list[list[float]]:
-    """Return KL(P unpruned || P with every visual token dropped at the input of layer K), for K =
-    0, 1, ..., in nats, of each token of the model's own answer, teacher-forced, and of its end.
+def tokens_without_image(model, stream: Stream, answer: str) -> tuple[list, list]:
+    """Return (divergence, same), each (L, tokens + 1) as lists: with every visual token dropped at
+    the input of layer K = 0, 1, ..., for each token of the model's own answer, teacher-forced, and
+    for what follows it, its end.
 
-    Needs no gold answer. Ours.
+    divergence: KL(P unpruned || P with all dropped), in nats. same: whether the most likely token
+    is the unpruned model's. Needs no gold answer. Ours.
     """
     ids = model.answer_ids(answer)
     answer_ids = torch.tensor([ids], dtype=torch.long, device=stream.x.device)
@@ -433,21 +435,23 @@ def divergence_without_image(model, stream: Stream, answer: str) -> list[list[fl
     full_stream = model.run(streams[-1])
     nothing = torch.zeros(1, 0, dtype=torch.long)
     without_streams = run_together(model, streams, full_stream, 0, nothing)
-    terms = []
+    divergence = []
+    same = []
     for row in range(-len(ids) - 1, 0):
         want = model.logits(full_stream, row).log_softmax(-1)                   # (1, vocab)
         got = model.logits(without_streams, row).log_softmax(-1)                # (L, vocab)
-        terms.append(F.kl_div(got, want.expand_as(got), log_target=True, reduction="none").sum(-1))
-    return torch.stack(terms, 1).tolist()
+        nats = F.kl_div(got, want.expand_as(got), log_target=True, reduction="none").sum(-1)
+        divergence.append(nats)
+        same.append(got.argmax(-1) == want.argmax(-1))
+    return torch.stack(divergence, 1).tolist(), torch.stack(same, 1).tolist()
 
 
-def divergence_horizon(curve, threshold: float = 0.002, of: float | None = None) -> int:
+def divergence_horizon(curve, threshold: float = 0.002) -> int:
     """Find the horizon without gold answers: the first layer from which on the mean divergence is
-    at most `threshold` of layer 0's, or of another. Ours; the threshold was chosen after seeing the
-    built-in models.
+    at most `threshold` of layer 0's. Ours; the threshold was chosen after seeing the built-in
+    models.
     """
-    most = threshold * (curve[0] if of is None else of)
-    return from_there_on([nats <= most for nats in curve])
+    return from_there_on([nats <= threshold * curve[0] for nats in curve])
 
 
 # ---- a benchmark ---------------------------------------------------------------------------------
@@ -456,7 +460,7 @@ def measure_questions(model, questions: list, images: list, layers: list[int], w
                       window: int, mode: str, target: str, max_batch_tokens: int,
                       decoding: Decoding) -> list[dict]:
     """Return the records of questions of equal shape: answers and scores by the layer where
-    everything is dropped, the divergence, and the information of the answer.
+    everything is dropped, what `tokens_without_image` finds, and the information of the answer.
 
     whose: "gold", or "own" for the model's.
     """
@@ -469,8 +473,8 @@ def measure_questions(model, questions: list, images: list, layers: list[int], w
         answer = answer_to_measure(question, whose, target, own)
         values = token_information(model, stream, answer, layers, window, mode, target,
                                    max_batch_tokens)
-        records.append({"answers": said, "scores": scores,
-                        "divergence": divergence_without_image(model, stream, own),
+        divergence, same = tokens_without_image(model, stream, own)
+        records.append({"answers": said, "scores": scores, "divergence": divergence, "same": same,
                         "information": to_json(values.numpy())})
     return records
 
@@ -495,81 +499,64 @@ def answer_to_measure(question, whose: str, target: str, own: str) -> str:
 
 def horizons_of(questions: list, records: list[dict], tolerance: float, threshold: float) -> dict:
     """Return the horizon by both rules, {"score": {...}, "divergence": {...}}: layer, interval and
-    draws as `horizon_interval` does, the curve ("unpruned" and "scores", or "nats"), and "half",
-    the layer from which on half of what the image gives is there."""
+    draws as `horizon_interval` does, and the curve ("unpruned" and "scores", or "nats").
+
+    "half": the first layer from which on half of what the image adds to the score is there, or at
+    most half of layer 0's divergence. The divergence leaves the answer's end out.
+    """
     image = images_of(questions)
-    layers = [str(layer) for layer in range(len(records[0]["divergence"]))]
-    scores = np.array([[record["scores"][key] for key in ["unpruned", *layers]]
+    keys = [str(layer) for layer in range(len(records[0]["divergence"]))]
+    scores = np.array([[record["scores"][key] for key in ["unpruned", *keys]]
                        for record in records])
-    divergence = np.array([of_tokens(record).sum(1) for record in records])
+    divergence = np.array([np.array(record["divergence"])[:, :-1].sum(1) for record in records])
 
     def by_score(curve):
         return horizon(curve[1:], curve[0], tolerance)
-    full, *pruned = scores.mean(0)
-    half = [score >= (full + pruned[0]) / 2 for score in pruned]
+
+    def by_divergence(curve):
+        return divergence_horizon(curve, threshold)
     horizons = {"score": statistics.horizon_interval(scores, image, by_score),
-                "divergence": horizon_by_divergence(divergence, image, threshold)}
-    horizons["score"] |= {"unpruned": 100 * float(full), "half": from_there_on(half),
-                          "scores": [100 * float(score) for score in pruned]}
-    return horizons
+                "divergence": statistics.horizon_interval(divergence, image, by_divergence)}
+    full, *pruned = scores.mean(0).tolist()
+    half = [score >= (full + pruned[0]) / 2 for score in pruned]
+    horizons["score"] |= {"unpruned": 100 * full, "half": from_there_on(half),
+                          "scores": [100 * score for score in pruned]}
+    nats = divergence.mean(0).tolist()
+    horizons["divergence"] |= {"nats": nats, "half": divergence_horizon(nats, 0.5)}
+    return horizons | {"questions": len(questions)}
 
 
-def horizon_by_divergence(divergence: np.ndarray, image: np.ndarray, threshold: float,
-                          of: float | None = None) -> dict:
-    """Return the divergence's part of `horizons_of`. divergence: (questions, layers) in nats; of:
-    what the threshold is a share of, their own mean at layer 0 unless it is said."""
-    def rule(curve):
-        return divergence_horizon(curve, threshold, of)
-    nats = divergence.mean(0)
-    return statistics.horizon_interval(divergence, image, rule) | {
-        "nats": nats.tolist(), "half": divergence_horizon(nats, 0.5)}
+def horizons_of_parts(questions: list, records: list[dict], tolerance: float,
+                      threshold: float) -> dict[str, dict]:
+    """Return `horizons_of` each group that a benchmark's questions have, and of each token of the
+    model's own answers: the first, the second, ... that half of the answers have, the last, and the
+    answer's end. A token's score is whether it stays the most likely one.
 
-
-def of_tokens(record: dict) -> np.ndarray:
-    """Return a record's divergence (layers, tokens) without that of the answer's end."""
-    return np.array(record["divergence"])[:, :-1]
-
-
-def horizons_of_tokens(questions: list, records: list[dict], threshold: float) -> dict[str, dict]:
-    """Return the horizon by divergence of the first token of the model's own answers, the second,
-    ... (those that half of the answers have), of the last, of the answer's end, and of all.
-
-    One yardstick for each token: the threshold is a share of the whole answer's divergence at layer
-    0. The horizon that `horizons_of` finds leaves the end out.
+    Groups with too few images for an interval are left out.
     """
-    curves = [np.array(record["divergence"]) for record in records]     # (layers, tokens + end)
-    lengths = [curve.shape[1] - 1 for curve in curves]
-    whole = np.mean([of_tokens(record)[0].sum() for record in records])
+    parts = {}
+    for group in dict.fromkeys(question.group for question in questions):
+        members = [i for i, question in enumerate(questions) if question.group == group]
+        asked = [questions[i] for i in members]
+        if group and len({question.image for question in asked}) >= statistics.FEW:
+            parts[group] = asked, [records[i] for i in members]
+    lengths = [len(record["divergence"][0]) - 1 for record in records]
     places = {f"token {t + 1}": t for t in range(int(np.median(lengths)))}
     places |= {"last token": -2, "the answer's end": -1}
-    found = {}
     for name, place in places.items():
         have = [i for i, n in enumerate(lengths) if -n - 1 <= place < n]
         if have:
-            divergence = np.array([curves[i][:, place] for i in have])
-            image = images_of([questions[i] for i in have])
-            found[name] = horizon_by_divergence(divergence, image, threshold, whole)
-            found[name]["questions"] = len(have)
-    all_of_it = np.array([curve.sum(1) for curve in curves])
-    found["answer and end"] = horizon_by_divergence(all_of_it, images_of(questions), threshold)
-    found["answer and end"]["questions"] = len(questions)
-    return found
+            parts[name] = ([questions[i] for i in have],
+                           [record_of_token(records[i], place) for i in have])
+    return {name: horizons_of(*part, tolerance, threshold) for name, part in parts.items()}
 
 
-def horizons_of_groups(questions: list, records: list[dict], tolerance: float,
-                       threshold: float) -> dict[str, dict]:
-    """Return `horizons_of` each group of a benchmark's questions that has images enough for an
-    interval: {} where no two have."""
-    groups = {}
-    for i, question in enumerate(questions):
-        groups.setdefault(question.group, []).append(i)
-    found = {}
-    for name, members in groups.items():
-        asked = [questions[i] for i in members]
-        if len(set(images_of(asked))) >= statistics.FEW:
-            found[name] = horizons_of(asked, [records[i] for i in members], tolerance, threshold)
-            found[name]["questions"] = len(asked)
-    return found if len(found) > 1 else {}
+def record_of_token(record: dict, place: int) -> dict:
+    """Return the record of a question as if its answer were the token at a place."""
+    same = {str(layer): float(of_layer[place]) for layer, of_layer in enumerate(record["same"])}
+    nothing = 0.0                                       # the divergence of an end
+    return {"scores": {"unpruned": 1.0, **same},
+            "divergence": [[of_layer[place], nothing] for of_layer in record["divergence"]]}
 
 
 def first_token_is_space(model, question) -> bool:
@@ -672,8 +659,7 @@ def summarize(model, questions: list, records: list[dict], values: list[np.ndarr
     horizons = horizons_of(questions, records, tolerance, threshold)
     with_gold = [record for question, record in zip(questions, records) if question.gold]
     return {"information": rows, "horizons": horizons, "horizon": horizons["score"],
-            "tokens": horizons_of_tokens(questions, records, threshold),
-            "groups": horizons_of_groups(questions, records, tolerance, threshold),
+            "parts": horizons_of_parts(questions, records, tolerance, threshold),
             "vanishes": statistics.layer_without_information(rows), "asked": len(questions),
             "images": len({question.image for question in questions}),
             "with_gold": len(with_gold),

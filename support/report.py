@@ -297,39 +297,33 @@ def print_information(benchmark: str, found: dict, tolerance: float, threshold: 
 
 
 def print_parts(benchmark: str, found: dict):
-    """Print how deep each token of the model's own answers lies, and each group of questions."""
-    print_heads([f"{benchmark}, tokens", "answers", "horizon by divergence",
-                 "under half of layer 0's from"])
-    whole = found["horizons"]["divergence"] | {"questions": found["asked"]}
-    for name, of_token in (found["tokens"] | {"whole answer": whole}).items():
-        print_row([name, str(of_token["questions"]), layer_of(of_token), str(of_token["half"])])
-    print()
-    print_heads([f"{benchmark}, group", "questions", "horizon by score",
-                 "half of what the image gives from", "horizon by divergence",
-                 "under half of layer 0's from"])
-    whole = found["horizons"] | {"questions": found["asked"]}
-    for name, of_group in (found["groups"] | {"all": whole}).items():
-        cells = [name, str(of_group["questions"])]
+    """Print the horizons of each group of questions, and of each token of the answers."""
+    print_heads([f"{benchmark}, part", "questions", "horizon by score", "half of the gain from",
+                 "horizon by divergence", "at most half of it from"])
+    L = len(found["horizons"]["divergence"]["nats"])
+    for name, horizons in ({"all": found["horizons"]} | found["parts"]).items():
+        cells = [name, str(horizons["questions"])]
         for rule in ("score", "divergence"):
-            cells += [layer_of(of_group[rule]), str(of_group[rule]["half"])]
+            of_rule = horizons[rule]
+            place = f"{of_rule['layer']}" if of_rule["layer"] < L else "none"
+            half = f"{of_rule['half']}" if of_rule["half"] < L else "none"
+            cells += [place + interval_of(of_rule), half]
         print_row(cells)
     print()
 
 
-def layer_of(horizon: dict) -> str:
-    """Format a horizon as "17 [16, 20]"; the layer only where there is no interval."""
-    if horizon["low"] is None:
-        return str(horizon["layer"])
-    return f"{horizon['layer']} [{horizon['low']:g}, {horizon['high']:g}]"
+def interval_of(horizon: dict) -> str:
+    """Format a horizon's interval, as " [17, 20]"; nothing where there is none."""
+    return "" if horizon["low"] is None else f" [{horizon['low']:g}, {horizon['high']:g}]"
 
 
 def place_of(horizon: dict, L: int, rule: str) -> str:
     """Say a horizon's layer and interval, and what holds from there on. rule has a place for "at
     most", or for "more than" where layer L, past the last, says that there is none."""
+    interval = interval_of(horizon)
     if horizon["layer"] < L:
-        return (f"horizon at layer {layer_of(horizon)}: from there on, {rule.format('at most')} "
-                "(our rule).")
-    interval = layer_of(horizon).removeprefix(str(L))
+        return (f"horizon at layer {horizon['layer']}{interval}: from there on, "
+                f"{rule.format('at most')} (our rule).")
     return f"no horizon{interval}: even at layer {L - 1}, {rule.format('more than')} (our rule)."
 
 

@@ -95,7 +95,7 @@ def main_path(model):
         maps = information.token_information(model, streams[0], "Yes", [0, 2], 3, mode, "each")
         found.append(maps.tolist())
     found.append(information.answers_without_image(model, streams[0], Decoding(2)))
-    found.append(information.divergence_without_image(model, streams[0], "Yes"))
+    found.append(information.tokens_without_image(model, streams[0], "Yes"))
     return found
 
 

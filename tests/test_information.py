@@ -257,7 +257,7 @@ def test_answers_and_divergence_without_image_equal_a_plain_loop(model, start):
     nothing = torch.zeros(0, dtype=torch.long)
     decoding = Decoding(4, 1.5)
     [answers] = information.answers_without_image(model, start, decoding)
-    nats = information.divergence_without_image(model, start, "ab")
+    nats, same = information.tokens_without_image(model, start, "ab")
     ids = model.answer_ids("ab")
     prompt = with_ids(model, start, ids)
     assert answers["unpruned"] == decode(model, model.run(start), *decoding)[0]
@@ -271,9 +271,10 @@ def test_answers_and_divergence_without_image_equal_a_plain_loop(model, start):
             p = model.logits(full, row).softmax(-1)
             q = model.logits(forced, row).softmax(-1)
             want.append((p * (p.log() - q.log())).sum().item())
+            assert same[layer][row] == (p.argmax() == q.argmax())
         assert nats[layer] == pytest.approx(want, abs=1e-4)
-    of_empty = information.divergence_without_image(model, start, "")
-    of_first = information.divergence_without_image(model, start, "a")
+    of_empty, _ = information.tokens_without_image(model, start, "")
+    of_first, _ = information.tokens_without_image(model, start, "a")
     assert [end for [end] in of_empty] == pytest.approx([first for first, _ in of_first], abs=1e-5)
 
 

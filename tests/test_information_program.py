@@ -95,26 +95,28 @@ def test_of_ten_images_both_horizons_have_intervals():
     assert few["score"]["low"] is few["divergence"]["high"] is None
 
 
-def test_each_token_its_end_and_each_group_have_a_horizon():
+def test_each_token_its_end_and_each_group_have_horizons():
     """Answers of one token and of three: the first is settled at layer 1, the last of three at
     layer 3. By group, only one of two of which drops an answer at layer 1."""
     questions = [Question(str(i), Path(f"{i}.jpg"), "?", [], "", group="ab"[i % 2])
                  for i in range(20)]
     short = [[6.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
     long = [[6.0, 6.0, 6.0, 0.0], [0.0, 6.0, 6.0, 0.0], [0.0, 0.0, 6.0, 0.0], [0.0] * 4]
-    records = [{"scores": {"unpruned": 1, "0": 0, "1": float(i % 2), "2": 1, "3": 1},
-                "divergence": long if i % 4 else short} for i in range(20)]
-    tokens = information.horizons_of_tokens(questions, records, 0.01)
-    assert {name: (found["layer"], found["questions"]) for name, found in tokens.items()} == {
-        "token 1": (1, 20), "token 2": (2, 15), "token 3": (3, 15), "last token": (3, 20),
-        "the answer's end": (2, 20), "answer and end": (3, 20)}
-    assert (tokens["token 3"]["low"], tokens["the answer's end"]["half"]) == (3, 2)
-    groups = information.horizons_of_groups(questions, records, 0.01, 0.01)
-    assert {name: (found["score"]["layer"], found["score"]["low"], found["questions"])
-            for name, found in groups.items()} == {"a": (2, 2, 10), "b": (1, 1, 10)}
-    assert information.horizons_of_groups(questions[:19], records[:19], 0.01, 0.01) == {}
-    whole = [Question(str(i), Path(f"{i}.jpg"), "?", [], "") for i in range(20)]
-    assert information.horizons_of_groups(whole, records, 0.01, 0.01) == {}
+    records = []
+    for i in range(20):
+        divergence = long if i % 4 else short
+        records.append({"scores": {"unpruned": 1, "0": 0, "1": float(i % 2), "2": 1, "3": 1},
+                        "divergence": divergence,
+                        "same": [[nats < 2 for nats in of_layer] for of_layer in divergence]})
+    parts = information.horizons_of_parts(questions, records, 0.01, 0.01)
+    found = {name: (part["score"]["layer"], part["divergence"]["layer"], part["questions"])
+             for name, part in parts.items()}
+    assert found == {"a": (2, 3, 10), "b": (1, 3, 10), "token 1": (1, 1, 20),
+                     "token 2": (2, 2, 15), "token 3": (3, 3, 15), "last token": (3, 3, 20),
+                     "the answer's end": (0, 2, 20)}
+    assert (parts["a"]["score"]["low"], parts["token 3"]["divergence"]["low"]) == (2, 3)
+    few = information.horizons_of_parts(questions[:19], records[:19], 0.01, 0.01)
+    assert "a" in few and "b" not in few
 
 
 def test_only_questions_with_a_gold_answer_can_be_right(run, tmp_path):

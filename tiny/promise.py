@@ -3,10 +3,14 @@
     python tiny/promise.py                    LLaVA
     python tiny/promise.py --model tiny/qwen
 
-Every schedule is asked of every question once, into --out; splitting them is arithmetic. One
-question an image, as where plan.py tests. The schedules are plan.py's coarse grid and, for each,
-nothing from one of three layers on: more than a plan searches, so that it has more to be lucky on.
+Timid is what costs more than the cheapest schedule that keeps the loss. Every schedule is asked of
+every question once, into --out; splitting them is arithmetic. One question an image, drawn at
+random, in the search, too, where plan.py asks all. The schedules are plan.py's coarse grid for each
+loss, with nothing from one of three layers on: more than a plan searches, so that it has more to be
+lucky on.
 """
+import math
+import random
 import sys
 from pathlib import Path
 
@@ -22,6 +26,7 @@ from support.statistics import at_most  # noqa: E402
 
 SPLITS = 200
 LOSSES = (0.05, 0.1)
+CONFIDENCE = 0.95
 DRAWN = [(40, 120), (100, 300), (300, 1000), (1000, 3000)]      # searched, tested
 
 
@@ -39,7 +44,11 @@ def main(argv: list[str]):
                  "without a test: broken", "cost", "cheapest that keeps it"])
     for name, known in data.items():
         asked = flags.sample(known, args.limit, args.seed)
-        questions = list({question.image: question for question in asked}.values())
+        of_image = {}
+        for question in asked:
+            of_image.setdefault(question.image, []).append(question)
+        rng = random.Random(args.seed)
+        questions = [rng.choice(about_it) for about_it in of_image.values()]
         schedules = [((layer, "none", 0),) for layer in range(L)]
 
         def ask(more: list[tuple], stage: str) -> list[dict]:
@@ -62,42 +71,51 @@ def main(argv: list[str]):
 
 def simulate(name: str, schedules: list[tuple], changed: np.ndarray, cost: np.ndarray, N: int,
              L: int):
-    """Print a row for random splits of the questions, and for draws of more, with replacement."""
+    """Print a row for random splits of the questions, and for draws of more, with replacement.
+
+    schedules: the first L drop everything at layer 0, 1, ... changed: (Q, S). cost: (S,), share of
+    the unpruned model's.
+    """
     careful = plan.more_careful(schedules, N, L)
     Q = len(changed)
     for loss in LOSSES:
         for sizes in [None, *DRAWN]:
+            is_sample = sizes is None
             rng = np.random.default_rng(0)
             found = []
             for _ in range(SPLITS):
-                if sizes is None:                       # as plan.py splits; judged on the others
+                if is_sample:                           # as plan.py splits; judged on the others
                     order = rng.permutation(Q)
-                    a, b = round(plan.SEARCHED * Q), round((1 - plan.TESTED) * 0.8 * Q)
-                    searched, others, tested = np.split(changed[order], [a, a + b])
+                    a = math.ceil(plan.SEARCHED * Q)
+                    b = a + math.ceil(plan.TESTED * (Q - a))
+                    searched, tested, others = np.split(changed[order], [a, b])
                 else:                                   # judged on all that they are drawn from
                     searched, tested = (changed[rng.integers(0, Q, n)] for n in sizes)
                     others = changed
                 luck = cheapest(searched.mean(0), cost, loss)
                 chosen = choose(searched, tested, schedules, careful, cost, loss, L)
-                is_sample = sizes is None
                 found.append([*judge(chosen, others, cost, loss, is_sample), chosen is None,
                               *judge(luck, others, cost, loss, is_sample)])
             broken, mean, nothing, broken_by_luck, mean_by_luck = np.mean(found, 0)
-            asked = f"{Q} split" if sizes is None else "{} + {} drawn".format(*sizes)
+            asked = f"{Q} split" if is_sample else "{} + {} drawn".format(*sizes)
             print_row([name, f"{loss:.0%}", asked, f"{broken:.1%}", f"{mean:.2f}", f"{nothing:.0%}",
                        f"{broken_by_luck:.0%}", f"{mean_by_luck:.2f}",
                        f"{cost[cheapest(changed.mean(0), cost, loss)]:.2f}"])
 
 
 def choose(searched, tested, schedules, careful, cost, loss: float, L: int) -> int | None:
-    """Return what plan.py chooses, its search limited to these schedules; None if nothing."""
+    """Return what plan.py chooses, its search limited to these schedules; None if nothing.
+
+    searched, tested: (questions, S) bool.
+    """
     share = searched.mean(0)
     horizon = from_there_on(share[:L] <= loss)
     among = np.array([i for i, s in enumerate(schedules) if s[-1][0] >= horizon], int)
     risk = plan.smooth(share[among], len(searched), careful[np.ix_(among, among)])
     stages = np.array([len(schedules[i]) for i in among])
     walked = [among[i] for i in plan.steps(cost[among], risk, stages, loss)]
-    passed = plan.walk([at_most(int(tested[:, i].sum()), len(tested), loss) for i in walked], 0.95)
+    p_values = [at_most(int(tested[:, i].sum()), len(tested), loss) for i in walked]
+    passed = plan.walk(p_values, CONFIDENCE)
     return walked[passed - 1] if passed else None
 
 
@@ -109,14 +127,17 @@ def cheapest(share: np.ndarray, cost: np.ndarray, loss: float) -> int | None:
 
 def judge(chosen: int | None, others: np.ndarray, cost: np.ndarray, loss: float,
           is_sample: bool) -> tuple:
-    """Return whether the others contradict the promise, and what the choice costs. A sample
-    contradicts it if so many changes are less likely than 5 % under it. To choose nothing costs 1.
+    """Return whether the promise is broken, and what the choice costs; to choose nothing costs 1.
+
+    It is broken if more than the loss of the others change; where they are a sample, if so many
+    changes or more had a probability under 1 - CONFIDENCE at a share of the loss.
     """
     if chosen is None:
         return False, 1.0
     count = int(others[:, chosen].sum())
     if is_sample:
-        return count > 0 and 1 - at_most(count - 1, len(others), loss) < 0.05, cost[chosen]
+        p = 1 - at_most(count - 1, len(others), loss) if count else 1.0
+        return p < 1 - CONFIDENCE, cost[chosen]
     return count > loss * len(others), cost[chosen]
 
 
