@@ -16,7 +16,7 @@ import tokprune
 from information import token_information
 from support import checkpoint
 from support.benchmarks import load_benchmark
-from tiny import agreement, make, training
+from tiny import agreement, make, promise, training
 from tiny.batches import CHATML, VICUNA, Batches
 from tiny.scenes import draw_scene
 from tiny.vocabulary import llava_tokenizer, qwen_tokenizer
@@ -151,3 +151,25 @@ def test_agreement_is_averaged_where_there_is_a_correlation(monkeypatch, capsys)
     agreement.print_table("mme", found, np.arange(3))
     rows = capsys.readouterr().out.splitlines()[-2:]
     assert rows == ["| x | 2 | 0.30 ± 0.20 | - |", "| y | 1 | 0.20 | 0.30 |"]
+
+
+# ---- the promise of plans ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changed, is_sample, broken", [
+    (10, False, False), (11, False, True), (11, True, False), (15, True, False), (16, True, True),
+    (0, True, False)])
+def test_a_promise_is_broken_where_more_than_the_loss_change(changed, is_sample, broken):
+    """Of 100 questions at a loss of 10 %. Of a sample 16 or more have a probability of 0.040, 15 or
+    more one of 0.073."""
+    others = np.zeros((100, 2), bool)
+    others[:changed, 1] = True
+    cost = np.array([0.9, 0.4])
+    assert promise.judge(1, others, cost, 0.1, is_sample) == (broken, 0.4)
+    assert promise.judge(None, others, cost, 0.1, is_sample) == (False, 1.0)
+
+
+def test_luck_is_the_cheapest_that_seems_to_keep_the_loss():
+    share = np.array([0.0, 0.05, 0.1, 0.2])
+    cost = np.array([0.9, 0.5, 0.4, 0.1])
+    assert promise.cheapest(share, cost, 0.1) == 2
+    assert promise.cheapest(share + 0.3, cost, 0.1) is None
