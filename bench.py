@@ -331,7 +331,7 @@ def parse_arguments(argv: list[str]):
                        help="decoder layers of the shape (default: as published)")
     flags.add_output_flags(p)
     args = p.parse_args(argv)
-    flags.check_pruning(args, "2")
+    flags.resolve_pruning(args, "2")
     if args.against and not importlib.util.find_spec(args.against):
         raise InputError(f"--against {args.against}: it is not installed; want pip install "
                          f"{args.against}")

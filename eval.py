@@ -248,7 +248,7 @@ def parse_arguments(argv: list[str]):
     group = flags.add_output_flags(p)
     group.add_argument("--plot", type=Path, metavar="SVG", help="draw score against layer")
     args = p.parse_args(argv)
-    flags.check_pruning(args, "20")
+    flags.resolve_pruning(args, "20")
     if args.plot and args.schedule:
         raise InputError("--plot: draws score against layer; want --layer and --ratio, not "
                          "--schedule")

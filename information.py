@@ -423,12 +423,11 @@ def answers_without_image(model, stream: Stream,
 
 
 def tokens_without_image(model, stream: Stream, answer: str) -> tuple[list, list]:
-    """Return (divergence, same), each (L, tokens + 1) as lists: with every visual token dropped at
-    the input of layer K = 0, 1, ..., for each token of the model's own answer, teacher-forced, and
-    for what follows it, its end.
+    """Return what dropping every visual token at the input of layer K = 0, 1, ... does to each
+    token of the model's own answer, teacher-forced, and to what follows, its end.
 
-    divergence: KL(P unpruned || P with all dropped), in nats. same: whether the most likely token
-    is the unpruned model's. Needs no gold answer. Ours.
+    Two lists of shape (L, tokens + 1): the divergence KL(P unpruned || P with all dropped), in
+    nats, and whether the most likely token is the same. Needs no gold answer. Ours.
     """
     ids = model.answer_ids(answer)
     answer_ids = torch.tensor([ids], dtype=torch.long, device=stream.x.device)
@@ -442,8 +441,8 @@ def tokens_without_image(model, stream: Stream, answer: str) -> tuple[list, list
     for row in range(-len(ids) - 1, 0):
         want = model.logits(full_stream, row).log_softmax(-1)                   # (1, vocab)
         got = model.logits(without_streams, row).log_softmax(-1)                # (L, vocab)
-        nats = F.kl_div(got, want.expand_as(got), log_target=True, reduction="none").sum(-1)
-        divergence.append(nats)
+        terms = F.kl_div(got, want.expand_as(got), log_target=True, reduction="none")
+        divergence.append(terms.sum(-1))
         same.append(got.argmax(-1) == want.argmax(-1))
     return torch.stack(divergence, 1).tolist(), torch.stack(same, 1).tolist()
 
@@ -503,8 +502,8 @@ def horizons_of(questions: list, records: list[dict], tolerance: float, threshol
     """Return the horizon by both rules, {"score": {...}, "divergence": {...}}: layer, interval and
     draws as `horizon_interval` does, and the curve ("unpruned" and "scores", or "nats").
 
-    "half": the first layer from which on half of what the image adds to the score is there, or at
-    most half of layer 0's divergence. The divergence leaves the answer's end out.
+    "half" is the first layer from which on half of what the image adds to the score is there, or at
+    most half of layer 0's divergence is left. The divergence is that of the answer without its end.
     """
     image = images_of(questions)
     keys = [str(layer) for layer in range(len(records[0]["divergence"]))]
@@ -530,11 +529,10 @@ def horizons_of(questions: list, records: list[dict], tolerance: float, threshol
 
 def horizons_of_parts(questions: list, records: list[dict], tolerance: float,
                       threshold: float) -> dict[str, dict]:
-    """Return `horizons_of` each group that a benchmark's questions have, and of each token of the
-    model's own answers: the first, the second, ... that half of the answers have, the last, and the
-    answer's end. A token's score is whether it stays the most likely one.
-
-    Groups with too few images for an interval are left out.
+    """Return `horizons_of` each group of a benchmark's questions that has images enough for an
+    interval, and of each token of the model's own answers: the first, the second, ... as far as
+    half of the answers go, the last, and the answer's end. A token scores 1 while it stays the most
+    likely one.
     """
     parts = {}
     for group in dict.fromkeys(question.group for question in questions):
@@ -556,9 +554,9 @@ def horizons_of_parts(questions: list, records: list[dict], tolerance: float,
 def record_of_token(record: dict, place: int) -> dict:
     """Return the record of a question as if its answer were the token at a place."""
     same = {str(layer): float(of_layer[place]) for layer, of_layer in enumerate(record["same"])}
-    nothing = 0.0                                       # the divergence of an end
+    end = 0.0                                           # which `horizons_of` leaves out
     return {"scores": {"unpruned": 1.0, **same},
-            "divergence": [[of_layer[place], nothing] for of_layer in record["divergence"]]}
+            "divergence": [[of_layer[place], end] for of_layer in record["divergence"]]}
 
 
 def first_token_is_space(model, question) -> bool:

@@ -70,8 +70,8 @@ positive = number_that(lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def add_pruning_flags(group, methods, layer: str):
-    """Add which methods prune, where, and how much; layer: the default. `check_pruning` checks them.
-    """
+    """Add which methods prune, where, and how much. layer: the default, which only the help says:
+    `resolve_pruning` fills it in."""
     group.add_argument("--method", metavar="NAMES",
                        help=f"comma-separated, of {', '.join(methods)} (default: all)")
     group.add_argument("--layer", help="layers at whose input tokens leave: 20, or 2,10,20, or all "
@@ -82,8 +82,9 @@ def add_pruning_flags(group, methods, layer: str):
                        "--layer and --ratio: 'dart@2=252 none@20'; repeatable")
 
 
-def check_pruning(args, layer: str):
-    """Raise InputError where --schedule and what it replaces are both given; fill in defaults."""
+def resolve_pruning(args, layer: str):
+    """Fill in the defaults of the pruning flags. Raises InputError if --schedule and a flag that it
+    replaces are both given, which is why the parser fills in none."""
     if args.schedule and (args.method, args.layer, args.ratio) != (None, None, None):
         raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
     args.layer = layer if args.layer is None else args.layer

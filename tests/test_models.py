@@ -1,5 +1,6 @@
 """Every model equals transformers 5.23 on the recordings of make_golden.py."""
 import json
+import sys
 
 import pytest
 import torch
@@ -141,16 +142,16 @@ def test_answer_tokens_are_those_that_follow_the_prompt(golden):
 
 
 @pytest.mark.parametrize("name", ["llava_tied", "qwen_untied", "qwen3_tied"])
-def test_a_mask_aligned_to_the_last_row_changes_no_bit(name, monkeypatch):
-    """Rows behind a cache attend as under a boolean mask of their rows, in three dtypes."""
+def test_the_mask_of_a_gpu_changes_no_bit(name, monkeypatch):
+    """Rows behind a cache attend as under the form that `causal_mask` has on CUDA, in three dtypes.
+    On the CPU torch lays it out."""
+    from torch.nn.attention.bias import causal_lower_right
     cases, _ = recording(name)
-    attention = torch.nn.functional.scaled_dot_product_attention
+    masks = []
 
-    def with_boolean_mask(q, k, v, attn_mask, is_causal, enable_gqa):
-        if attn_mask is not None:
-            T, S = q.shape[2], k.shape[2]
-            attn_mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-        return attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
+    def gpu_mask(T, S, device):
+        masks.append(causal_lower_right(T, S))
+        return masks[-1]
 
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         model = load(name, dtype)
@@ -158,8 +159,9 @@ def test_a_mask_aligned_to_the_last_row_changes_no_bit(name, monkeypatch):
         rows = model.append(full, torch.tensor([[5, 6, 7], [8, 9, 10]]))
         got = model.run(rows).x
         with monkeypatch.context() as patch:
-            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", with_boolean_mask)
+            patch.setattr(sys.modules[type(model).__module__], "causal_mask", gpu_mask)
             assert got.equal(model.run(rows).x)
+    assert len(masks) == 3 * model.num_layers
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES.values()), key=lambda m: m.__name__))
