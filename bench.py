@@ -30,8 +30,8 @@ from support.files import read_image
 from support.run import open_folder, provenance, start, write_result
 from support.timing import (STEPS, cache_bytes, decode, device_name, device_rates, divided,
                             extra_memory, floor_ms, span, time_call, time_in_turns)
-from tokprune import (METHODS, InputError, check_method, flops, format_schedule, keep,
-                      parse_schedule, prefill, together, visual_tokens)
+from tokprune import (METHODS, InputError, flops, format_schedule, keep, parse_schedule, prefill,
+                      together, visual_tokens)
 
 QUESTION = "What does the sign on the left say?"
 SIDE = 24                               # rows and columns of visual tokens, without --image
@@ -357,17 +357,11 @@ def check_shape(args, p):
 
 def schedules_of(args, L: int) -> list[tuple]:
     """Return unpruned, and each --schedule or, at each layer, none and each --method."""
-    schedules = [tuple(parse_schedule(text)) for text in args.schedule or []]
-    if not args.schedule:
+    if args.schedule:
+        schedules = [tuple(parse_schedule(text)) for text in args.schedule]
+    else:
         methods = TIMED if args.method is None else args.method.split(",")
-        # a method that cannot act at layer 0 is left out, unless both were asked for by name
-        named = args.method and args.layer != "all"
-        for layer in flags.parse_layers(args.layer, L):
-            for method in ["none", *methods]:
-                check_method(method, layer if named else 1)
-                if layer > 0 or not METHODS[method].needs_layer:
-                    amount = 0 if METHODS[method].keeps_none else args.ratio
-                    schedules.append(((layer, method, amount),))
+        schedules = flags.schedules_of_methods(args, ["none", *methods], L)
     for schedule in schedules:
         if not schedule:
             raise InputError("--schedule: empty, want e.g. 'dart@2=252 none@20'")

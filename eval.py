@@ -21,7 +21,7 @@ from support.pictures import plot
 from support.run import (RANK, collect, look_at, open_folder, provenance, settings_of, start,
                          write_result)
 from support.statistics import paired_difference, standard_error
-from tokprune import (METHODS, ORACLES, Decoding, InputError, Stream, check_method, decode, flops,
+from tokprune import (METHODS, ORACLES, Decoding, InputError, Stream, decode, flops,
                       format_schedule, number_kept, parse_schedule, prefill, together,
                       visual_tokens)
 
@@ -274,18 +274,9 @@ def parse_cells(args, L: int) -> list[Cell]:
 
 def rows_of_methods(args, L: int) -> list[tuple]:
     """Return (name, schedule, ()) for each method that can act at each layer."""
-    names = METHODS if args.method is None else args.method.split(",")
-    rows = []
-    for layer in flags.parse_layers(args.layer, L):
-        for method in dict.fromkeys(["none", "random", *names]):
-            # a method that cannot act at layer 0 is left out, unless both were asked for by name
-            named = args.method and args.layer != "all"
-            if layer == 0 and method in METHODS and METHODS[method].needs_layer and not named:
-                continue
-            check_method(method, layer)
-            amount = 0 if METHODS[method].keeps_none else args.ratio
-            rows.append((method, ((layer, method, amount),), ()))
-    return rows
+    methods = METHODS if args.method is None else args.method.split(",")
+    schedules = flags.schedules_of_methods(args, ["none", "random", *methods], L)
+    return [(schedule[0][1], schedule, ()) for schedule in schedules]
 
 
 def rows_of_schedules(texts: list[str]) -> list[tuple]:

@@ -15,7 +15,7 @@ import torch
 from support import checkpoint
 from support.benchmarks import BENCHMARKS, FILES, STYLES, Question, load_benchmark
 from support.run import LOCAL_RANK, ROOT, WORLD
-from tokprune import Decoding, InputError
+from tokprune import METHODS, Decoding, InputError, check_method
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,8 +83,8 @@ def add_pruning_flags(group, methods, layer: str):
 
 
 def resolve_pruning(args, layer: str):
-    """Fill in the defaults of the pruning flags. Raises InputError if --schedule and a flag that it
-    replaces are both given, which is why the parser fills in none."""
+    """Fill in the defaults of the pruning flags. The parser cannot: here it is still known which
+    were given. Raises InputError if --schedule and a flag that it replaces are."""
     if args.schedule and (args.method, args.layer, args.ratio) != (None, None, None):
         raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
     args.layer = layer if args.layer is None else args.layer
@@ -175,6 +175,24 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
     for layer in layers:
         check_layer(layer, num_layers)
     return layers
+
+
+def schedules_of_methods(args, methods, num_layers: int) -> list[tuple]:
+    """Return a schedule of one stage for each method at each layer of the flags.
+
+    A method that cannot act at layer 0 is left out, unless both are named. Raises InputError.
+    """
+    both_are_named = args.method and args.layer != "all"
+    schedules = []
+    for layer in parse_layers(args.layer, num_layers):
+        for name in dict.fromkeys(methods):
+            cannot_act = layer == 0 and name in METHODS and METHODS[name].needs_layer
+            if cannot_act and not both_are_named:
+                continue
+            check_method(name, layer)
+            amount = 0 if METHODS[name].keeps_none else args.ratio
+            schedules.append(((layer, name, amount),))
+    return schedules
 
 
 def check_layer(layer: int, num_layers: int):

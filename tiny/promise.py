@@ -44,11 +44,8 @@ def main(argv: list[str]):
                  "without a test: broken", "cost", "cheapest that keeps it"])
     for name, known in data.items():
         asked = flags.sample(known, args.limit, args.seed)
-        of_image = {}
-        for question in asked:
-            of_image.setdefault(question.image, []).append(question)
         rng = random.Random(args.seed)
-        questions = [rng.choice(about_it) for about_it in of_image.values()]
+        questions = [rng.choice(about_it) for about_it in plan.by_image(asked).values()]
         schedules = [((layer, "none", 0),) for layer in range(L)]
 
         def ask(more: list[tuple], stage: str) -> list[dict]:
