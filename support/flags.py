@@ -70,8 +70,8 @@ positive = number_that(lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def add_pruning_flags(group, methods, layer: str):
-    """Add which methods prune, where, and how much. layer: the default, which only the help says:
-    `resolve_pruning` fills it in."""
+    """Add which methods prune, where, and how much. `resolve_pruning` fills in the defaults; layer
+    is the one that the help names."""
     group.add_argument("--method", metavar="NAMES",
                        help=f"comma-separated, of {', '.join(methods)} (default: all)")
     group.add_argument("--layer", help="layers at whose input tokens leave: 20, or 2,10,20, or all "
@@ -83,8 +83,8 @@ def add_pruning_flags(group, methods, layer: str):
 
 
 def resolve_pruning(args, layer: str):
-    """Fill in the defaults of the pruning flags. The parser cannot: here it is still known which
-    were given. Raises InputError if --schedule and a flag that it replaces are."""
+    """Fill in the defaults of the pruning flags. Raises InputError if --schedule was given with a
+    flag that it replaces: the parser has no defaults of its own, so that this can be told."""
     if args.schedule and (args.method, args.layer, args.ratio) != (None, None, None):
         raise InputError("--schedule: stands for --method, --layer and --ratio; want it or them")
     args.layer = layer if args.layer is None else args.layer

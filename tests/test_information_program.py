@@ -98,7 +98,7 @@ def test_of_ten_images_both_horizons_have_intervals():
 
 def test_each_token_its_end_and_each_group_have_horizons():
     """Answers of one token and of three: the first is settled at layer 1, the last of three at
-    layer 3. By group, only one of two of which drops an answer at layer 1."""
+    layer 3. Dropping everything at layer 1 changes the answers of group a alone."""
     questions = [Question(str(i), Path(f"{i}.jpg"), "?", [], "", group="ab"[i % 2])
                  for i in range(20)]
     short = [[6.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
