@@ -98,7 +98,7 @@ class KV:
 
 
 def causal_mask(T: int, S: int, device: torch.device):
-    """Return the mask of the last T of S rows: each sees every row up to itself.
+    """Return the mask (T, S) of the last T of S rows: each sees every row up to itself.
 
     On a GPU it is a form that is never laid out in memory, so that the fast kernels take it.
     """
