@@ -4,8 +4,8 @@
     python tiny/agreement.py tiny/qwen
 
 Prints a table for each benchmark: Spearman's rank correlation, over the visual tokens of an image,
-of what methods rank by with the information of single tokens for the whole gold answer. Mean over
-questions ± standard error.
+with the information of single tokens for the whole gold answer, of what methods rank by and of the
+information of parts of the answer. Mean over questions ± standard error.
 """
 import sys
 from pathlib import Path
