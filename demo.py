@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from information import (answers_without_image, check_grid, from_there_on, measure_beforehand,
-                         per_token, token_information)
+from information import (answers_without_image, check_grid, from_there_on, inputs_of_layers,
+                         measure_beforehand, per_token, token_information)
 from support import flags, report
 from support.files import read_image, read_json
 from support.page import Measured, write_page
@@ -73,16 +73,15 @@ def answer_with_each_method(model, stream: Stream, methods: list[str], layer: in
                             seed: int = 0, decoding: Decoding = Decoding()) -> list[tuple]:
     """Return (name, answer, kept tokens) of the unpruned model, and of each method.
 
-    stream: at layer 0. It runs once to the layer, and each method goes on from there.
+    stream: at layer 0. It runs once, and each method goes on from its layer.
     """
-    full_stream = model.run(stream)
-    [unpruned] = decode(model, full_stream, *decoding)
-    panels = [("unpruned", unpruned, full_stream.origin[0].tolist())]
+    streams = inputs_of_layers(model, {0: stream}, [0, layer, model.num_layers])
+    [unpruned] = decode(model, streams[model.num_layers], *decoding)
+    panels = [("unpruned", unpruned, stream.origin[0].tolist())]
     layers_of = {method: {layer} for method in methods}
-    info = measure_beforehand(model, stream, layers_of, lambda method: [unpruned])
-    reached = model.run(stream, stop=layer)             # the layers before, on everything
+    info = measure_beforehand(model, streams, layers_of, lambda method: [unpruned])
     for method in methods:
-        pruned_stream = prefill(model, reached, [(layer, method, ratio)], seed, info)
+        pruned_stream = prefill(model, streams[layer], [(layer, method, ratio)], seed, info)
         [answer] = decode(model, pruned_stream, *decoding)
         panels.append((method, answer, pruned_stream.origin[0].tolist()))
     return panels
@@ -176,17 +175,17 @@ def measure_every_layer(model, image: Image.Image, question: str, gold: str | No
     stream = model.begin(image, question)
     check_grid(stream)
     first, N = stream.visual
-    [unpruned] = decode(model, model.run(stream), *decoding)
+    streams = inputs_of_layers(model, {0: stream}, range(L + 1))
+    [unpruned] = decode(model, streams[L], *decoding)
     methods = list(dict.fromkeys(["none", *methods]))
     layers_of = {method: set(range(L)) for method in methods}
-    info = measure_beforehand(model, stream, layers_of, lambda method: [unpruned])
+    info = measure_beforehand(model, streams, layers_of, lambda method: [unpruned])
     answers = {method: [None] * L for method in methods}
     kept = {method: np.zeros((L, N), bool) for method in methods}
     attended = np.zeros((L, N))
     began = time.time()
-    reached = stream
     for layer in range(L):
-        reached = model.run(reached, stop=layer)
+        reached = streams[layer]
         if layer > 0:
             last = torch.tensor([reached.x.shape[1] - 1])
             probability = view_of(model, reached, 0, seed).attention(last)      # (H, 1, T)

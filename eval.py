@@ -7,14 +7,14 @@
 
 In this order: the loop over schedules, scores, what the flags ask for, the program.
 """
-import functools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from information import MEASURES, first_token_is_space, measure_beforehand
+from information import (MEASURES, first_token_is_space, inputs_of_layers,
+                         measure_beforehand)
 from support import flags, report
 from support.benchmarks import Question, images_of, is_overlong, official_totals, score
 from support.pictures import plot
@@ -44,22 +44,23 @@ class Cell:
         return f"{format_schedule(self.schedule)} seed {self.seed}"
 
 
-def answer_cells(model, stream: Stream, cells: list[Cell], info: dict, seeds: list[int],
-                 decoding: Decoding = Decoding(), positions: str = "keep") -> list[dict[str, str]]:
-    """Return the greedy answer of every cell to each prompt, by the cell's key, from a stream at
-    layer 0.
+def answer_cells(model, streams: dict[int, Stream], cells: list[Cell], info: dict,
+                 seeds: list[int], decoding: Decoding = Decoding(),
+                 positions: str = "keep") -> list[dict[str, str]]:
+    """Return the greedy answer of every cell to each prompt, by the cell's key.
 
-    info: what methods need beforehand, as `prefill` takes it. seeds: of each prompt, added to the
-    cell's.
+    The unpruned stream runs once, and the cells go on from there. streams: what is there of it, by
+    layer, as `inputs_of_layers` takes it. info: what methods need beforehand, as `prefill` takes
+    it. seeds: of each prompt, added to the cell's.
     """
-    full_streams = unpruned_streams(model, stream, cells)
+    full_streams = inputs_of_layers(model, streams, [first_layer(model, cell) for cell in cells])
     answers = [{} for _ in seeds]
-    for batch in batches_of_equal_shape(cells, stream.N):
+    for batch in batches_of_equal_shape(cells, streams[0].N):
         stages = []                                     # layers and counts are the same in all
         for same in zip(*(cell.schedule for cell in batch)):
             layer, _, amount = same[0]
             stages.append((layer, [method for _, method, _ in same] * len(seeds), amount))
-        reached = full_streams[stages[0][0] if stages else model.num_layers]
+        reached = full_streams[first_layer(model, batch[0])]
         variant_seeds = [seed + cell.seed for seed in seeds for cell in batch]
         pruned_stream = prefill(model, reached, stages, variant_seeds, info, positions)
         found = decode(model, pruned_stream, *decoding)
@@ -69,15 +70,9 @@ def answer_cells(model, stream: Stream, cells: list[Cell], info: dict, seeds: li
     return answers
 
 
-def unpruned_streams(model, stream: Stream, cells: list[Cell]) -> dict[int, Stream]:
-    """Return the unpruned stream at the first layer of each schedule, and past the last layer: it
-    runs once, and the cells go on from there."""
-    layers = {cell.schedule[0][0] if cell.schedule else model.num_layers for cell in cells}
-    streams = {}
-    for layer in sorted(layers):
-        stream = model.run(stream, stop=layer)
-        streams[layer] = stream
-    return streams
+def first_layer(model, cell: Cell) -> int:
+    """Return the layer up to which a cell is unpruned."""
+    return cell.schedule[0][0] if cell.schedule else model.num_layers
 
 
 def batches_of_equal_shape(cells: list[Cell], N: int) -> list[list[Cell]]:
@@ -115,21 +110,23 @@ def answer_questions(model, questions: list[Question], images: list, cells: list
     """
     stream = together([model.begin(image, question.prompt)
                        for question, image in zip(questions, images)])
-
-    @functools.cache
-    def own_answers() -> list[str]:
-        return decode(model, model.run(stream), *decoding)
+    layers_of = layers_to_measure(cells)
+    layers = {0, model.num_layers}.union(*layers_of.values(),
+                                         {first_layer(model, cell) for cell in cells})
+    streams = inputs_of_layers(model, {0: stream}, layers)
+    own_answers = decode(model, streams[model.num_layers], *decoding)
 
     def answers_for(method) -> list[str]:
         target = MEASURES[method.measure].target
         if whose == "gold" and method.needs_gold:
             return [question.gold_for(target) for question in questions]
-        return [own or question.gold_for(target) for own, question in zip(own_answers(), questions)]
-    info = measure_beforehand(model, stream, layers_to_measure(cells), answers_for,
-                              max_batch_tokens)
+        return [own or question.gold_for(target) for own, question in zip(own_answers, questions)]
+    info = measure_beforehand(model, streams, layers_of, answers_for, max_batch_tokens)
     seeds = [question.seed for question in questions]
-    found = answer_cells(model, stream, cells, info, seeds, decoding, positions)
-    return [record_of(question, stream, of_prompt) for question, of_prompt in zip(questions, found)]
+    pruned_cells = [cell for cell in cells if cell.schedule]
+    found = answer_cells(model, streams, pruned_cells, info, seeds, decoding, positions)
+    return [record_of(question, stream, {"unpruned": own} | of_prompt)
+            for question, own, of_prompt in zip(questions, own_answers, found)]
 
 
 def record_of(question: Question, stream: Stream, answers: dict[str, str]) -> dict:

@@ -64,20 +64,23 @@ def token_information(model, stream: Stream, answer: str, layers: list[int], win
     All layers share one unpruned run. Rows before every removed token are not computed again: their
     keys and values come from it. Raises InputError.
     """
-    [values] = information_of_prompts(model, stream, [answer], layers, window, mode, target,
+    assert stream.layer == 0, f"the stream is at layer {stream.layer}, want 0"
+    [values] = information_of_prompts(model, {0: stream}, [answer], layers, window, mode, target,
                                       max_batch_tokens)
     return values
 
 
-def information_of_prompts(model, stream: Stream, answers: list[str], layers: list[int],
-                           window: int = 2, mode: str = "keep-one", target: str = "first",
-                           max_batch_tokens: int = ROWS) -> list[Tensor]:
-    """Return `token_information` of each prompt of a stream, for its answer. Prompts whose answers
-    have equally many tokens share the unpruned run."""
+def information_of_prompts(model, streams: dict[int, Stream], answers: list[str],
+                           layers: list[int], window: int = 2, mode: str = "keep-one",
+                           target: str = "first", max_batch_tokens: int = ROWS) -> list[Tensor]:
+    """Return `token_information` of each prompt, for its answer. Prompts whose answers have equally
+    many tokens share the unpruned run.
+
+    streams: unpruned, by layer, as `inputs_of_layers` takes them.
+    """
     assert mode in MODES, f"mode is {mode!r}, want one of {MODES}"
     assert target in TARGETS, f"target is {target!r}, want one of {TARGETS}"
-    assert stream.layer == 0, f"the stream is at layer {stream.layer}, want 0"
-    check_grid(stream)
+    check_grid(streams[0])
     ids_of = [model.answer_ids(answer) for answer in answers]
     if [] in ids_of:
         empty = answers[ids_of.index([])]
@@ -86,19 +89,22 @@ def information_of_prompts(model, stream: Stream, answers: list[str], layers: li
         ids_of = [ids[:1] for ids in ids_of]
     found = [None] * len(answers)
     for prompts in of_equal_length(ids_of):
-        forced = torch.tensor([ids_of[p] for p in prompts], device=stream.x.device)
+        forced = torch.tensor([ids_of[p] for p in prompts], device=streams[0].x.device)
         if target != "each":
             forced = forced[:, :-1]                     # nothing is asked behind the last token
-        prompt_stream = with_answer(model, some_of(stream, prompts), forced)
-        streams = inputs_of_layers(model, prompt_stream, layers)
-        full_stream = model.run(streams[-1])
-        for i, p in enumerate(prompts):
+        known = streams                                 # nothing forced: these are the prompts
+        numbers = prompts
+        if forced.shape[1]:
+            known = {0: with_answer(model, some_of(streams[0], prompts), forced)}
+            numbers = range(len(prompts))
+        full_streams = inputs_of_layers(model, known, [*layers, model.num_layers])
+        for p, number in zip(prompts, numbers):
             ids_at = [[token] for token in ids_of[p]]
             if target == "each":
                 ids_at.append(sorted(model.eos))        # any of several ids may end an answer
-            of_prompt = [some_of(layer_stream, [i]) for layer_stream in streams]
-            values = terms_of_windows(model, of_prompt, some_of(full_stream, [i]), ids_at, layers,
-                                      window, mode, max_batch_tokens)
+            *of_prompt, last = [some_of(one, [number]) for one in full_streams.values()]
+            values = terms_of_windows(model, of_prompt, last, ids_at, layers, window, mode,
+                                      max_batch_tokens)
             found[p] = values if target == "each" else values.sum(-1)
     return found
 
@@ -152,13 +158,19 @@ def with_answer(model, stream: Stream, ids: Tensor) -> Stream:
     return replace(stream, x=x, pos=pos)
 
 
-def inputs_of_layers(model, stream: Stream, layers: list[int]) -> list[Stream]:
-    """Return the unpruned stream at the input of each of the layers, once each, ascending."""
-    streams = []
+def inputs_of_layers(model, streams: dict[int, Stream], layers: list[int]) -> dict[int, Stream]:
+    """Return the unpruned stream at the input of each of the layers, ascending; `num_layers` is
+    past the last one.
+
+    streams: those that are there already, by layer; the one at layer 0 at least. The others go on
+    from them.
+    """
+    streams = dict(streams)
     for layer in sorted(set(layers)):
-        stream = model.run(stream, stop=layer)
-        streams.append(stream)
-    return streams
+        if layer not in streams:
+            before = max(there for there in streams if there < layer)
+            streams[layer] = model.run(streams[before], stop=layer)
+    return {layer: streams[layer] for layer in sorted(set(layers))}
 
 
 def probabilities_left(model, streams: list[Stream], full_stream: Stream, prefix: int, kept: Tensor,
@@ -296,33 +308,34 @@ def per_token(values: Tensor, grid: tuple[int, int], window: int) -> Tensor:
 
 
 # ---- what methods need beforehand ----------------------------------------------------------------
-# Each is measured for an answer to each prompt of a stream at layer 0: (layers, N, ...) a prompt.
+# Each is measured for an answer to each prompt of unpruned streams, by layer, as `inputs_of_layers`
+# takes them: (layers, N, ...) a prompt.
 
-def information_of_windows(model, stream: Stream, answers: list[str], layers: list[int],
-                           max_batch_tokens: int = ROWS) -> list[Tensor]:
+def information_of_windows(model, streams: dict[int, Stream], answers: list[str],
+                           layers: list[int], max_batch_tokens: int = ROWS) -> list[Tensor]:
     """Return (layers, N) a prompt for the paper's oracle: the answer's first token, windows of
     2x2."""
-    found = information_of_prompts(model, stream, answers, layers,
+    found = information_of_prompts(model, streams, answers, layers,
                                    max_batch_tokens=max_batch_tokens)
-    return [torch.stack([per_token(windows, stream.grid, 2) for windows in values])
+    return [torch.stack([per_token(windows, streams[0].grid, 2) for windows in values])
             for values in found]
 
 
-def information_of_tokens(model, stream: Stream, answers: list[str], layers: list[int],
+def information_of_tokens(model, streams: dict[int, Stream], answers: list[str], layers: list[int],
                           max_batch_tokens: int = ROWS) -> list[Tensor]:
     """Return (layers, N, t) a prompt: each answer token and the answer's end, of single visual
     tokens."""
-    found = information_of_prompts(model, stream, answers, layers, window=1, target="each",
+    found = information_of_prompts(model, streams, answers, layers, window=1, target="each",
                                    max_batch_tokens=max_batch_tokens)
     return [values.flatten(1, 2) for values in found]
 
 
-def attention_of_answer(model, stream: Stream, answers: list[str], layers: list[int],
+def attention_of_answer(model, streams: dict[int, Stream], answers: list[str], layers: list[int],
                         max_batch_tokens: int = ROWS) -> list[Tensor]:
     """Return (layers, N, t) a prompt: attention of the rows that write each token of the answer, in
     the unpruned run, mean over heads and over the layers K and later. One row an answer token is
     computed, so that max_batch_tokens bounds nothing."""
-    full_stream = model.run(stream)
+    stream, full_stream = inputs_of_layers(model, streams, [0, model.num_layers]).values()
     first, N = stream.visual
     ids_of = [model.answer_ids(answer) for answer in answers]
     found = [None] * len(answers)
@@ -357,8 +370,9 @@ def rows_that_write(model, stream: Stream, full_stream: Stream, ids: Tensor) -> 
 
 @dataclass(frozen=True)
 class Measure:
-    """What a method may need beforehand: a function of a stream and an answer to each prompt."""
-    function: Callable      # (model, stream, answers, layers, max_batch_tokens) -> values a prompt
+    """What a method may need beforehand: a function of the unpruned streams and an answer to each
+    prompt."""
+    function: Callable      # (model, streams, answers, layers, max_batch_tokens) -> values a prompt
     target: str             # which gold answer it is for: "first", or "answer" as a whole
 
 
@@ -367,12 +381,13 @@ MEASURES = {"windows": Measure(information_of_windows, "first"),
             "attention": Measure(attention_of_answer, "answer")}
 
 
-def measure_beforehand(model, stream: Stream, layers_of: dict[str, set[int]], answers_for,
-                       max_batch_tokens: int = ROWS) -> dict[int, dict[str, list[Tensor]]]:
+def measure_beforehand(model, streams: dict[int, Stream], layers_of: dict[str, set[int]],
+                       answers_for, max_batch_tokens: int = ROWS
+                       ) -> dict[int, dict[str, list[Tensor]]]:
     """Return {layer: {method: values of the N visual tokens, a prompt}}, as `prefill` takes it.
 
-    stream: at layer 0. layers_of: where each method prunes. answers_for(method) -> the answer to
-    each prompt that it measures.
+    streams: unpruned, by layer, as `inputs_of_layers` takes them. layers_of: where each method
+    prunes. answers_for(method) -> the answer to each prompt that it measures.
     """
     info = {}
     for name, at in layers_of.items():
@@ -380,7 +395,7 @@ def measure_beforehand(model, stream: Stream, layers_of: dict[str, set[int]], an
         if method.measure:
             layers = sorted(at)
             measure = MEASURES[method.measure].function
-            found = measure(model, stream, answers_for(method), layers, max_batch_tokens)
+            found = measure(model, streams, answers_for(method), layers, max_batch_tokens)
             for i, layer in enumerate(layers):
                 info.setdefault(layer, {})[name] = [values[i] for values in found]
     return info
@@ -432,8 +447,8 @@ def tokens_without_image(model, stream: Stream, answer: str) -> tuple[list, list
     ids = model.answer_ids(answer)
     answer_ids = torch.tensor([ids], dtype=torch.long, device=stream.x.device)
     prompt_stream = with_answer(model, stream, answer_ids)
-    streams = inputs_of_layers(model, prompt_stream, range(model.num_layers))
-    full_stream = model.run(streams[-1])
+    layers = range(model.num_layers + 1)
+    *streams, full_stream = inputs_of_layers(model, {0: prompt_stream}, layers).values()
     nothing = torch.zeros(1, 0, dtype=torch.long)
     without_streams = run_together(model, streams, full_stream, 0, nothing)
     divergence = []

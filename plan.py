@@ -185,7 +185,7 @@ def answer_questions(model, questions: list[Question], images: list, cells: list
     stream = together([model.begin(image, question.prompt)
                        for question, image in zip(questions, images)])
     seeds = [question.seed for question in questions]
-    found = answer_cells(model, stream, cells, {}, seeds, decoding)
+    found = answer_cells(model, {0: stream}, cells, {}, seeds, decoding)
     return [record_of(question, {cell.name: answers[cell.key] for cell in cells}, stream)
             for question, answers in zip(questions, found)]
 

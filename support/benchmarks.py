@@ -6,6 +6,7 @@ object a line: id, image, question, answers, metric. VLMEvalKit's TSVs are read 
 """
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -215,6 +216,7 @@ MISSPELLED = {word[:i] + word[i + 1:]: word
 MISSPELLED["somebody'd"] = "somebodyd"                  # sic, in the official list
 
 
+@functools.lru_cache(2 ** 16)                           # gold answers are read for every schedule
 def normalize(answer: str) -> str:
     """Normalize as TextVQA's official code (mmf, EvalAIAnswerProcessor), its quirks included."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")

@@ -232,7 +232,7 @@ def test_prompts_together_are_pruned_and_answered_as_each_alone(model, layer):
     names = [name for name, method in METHODS.items()
              if not method.keeps_none and (layer or not method.needs_layer)]
     layers_of = {name: {layer} for name in names}
-    info = information.measure_beforehand(model, together(streams), layers_of,
+    info = information.measure_beforehand(model, {0: together(streams)}, layers_of,
                                           lambda method: ["Yes", "No, a dog"])
     schedule = [(layer, names * 2, 3)]
     both_stream = prefill(model, together(streams), schedule, list(range(2 * len(names))), info)
@@ -289,7 +289,8 @@ def test_a_method_prunes_a_fork_with_separators_or_refuses_it(fork, fork_start, 
     assert fork_start.N == 4 * 5 and fork_start.grid == (4, 4)
     stream = fork.run(fork_start, stop=1)
     try:
-        info = information.measure_beforehand(fork, fork_start, {method: {1}}, lambda _: ["Yes"])
+        info = information.measure_beforehand(fork, {0: fork_start}, {method: {1}},
+                                              lambda _: ["Yes"])
         pruned = prune(fork, stream, method, 6, info=info.get(1))
     except InputError as e:
         assert "windows of a grid" in str(e) or "saliency" in str(e)

@@ -83,7 +83,7 @@ def model(request):
 def main_path(model):
     """Every kind of work that a run does, and what comes of it."""
     streams = [model.begin(images()["wide"], QUESTIONS[0]) for _ in range(2)]
-    info = information.measure_beforehand(model, together(streams),
+    info = information.measure_beforehand(model, {0: together(streams)},
                                           {method: {1} for method in METHODS},
                                           lambda method: ["Yes", "No"])
     methods = [name for name, method in METHODS.items() if not method.keeps_none]
@@ -112,7 +112,7 @@ def test_a_selection_waits_for_the_device_no_more_often_for_more_tokens(model, m
     with SimulatedGPU() as device:
         start = model.begin(images()["wide"], QUESTIONS[0])
         reached = model.run(start, stop=1)
-        info = information.measure_beforehand(model, start, {method: {1}}, lambda _: ["Yes"])
+        info = information.measure_beforehand(model, {0: start}, {method: {1}}, lambda _: ["Yes"])
         waits = []
         for n in (6, start.N - 2):
             before = device.waits

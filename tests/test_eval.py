@@ -94,7 +94,7 @@ def test_the_one_loop_answers_as_each_schedule_does_on_its_own(positions):
         "grid@6=40 none@17 seed 0", "random@6=40 none@17 seed 0", "random@6=40 none@17 seed 1"]
     question = load_benchmark("textvqa", TINY)[0]
     start = model.begin(read_image(question.image), question.prompt)
-    [answers] = evaluation.answer_cells(model, start, cells, {}, [question.seed],
+    [answers] = evaluation.answer_cells(model, {0: start}, cells, {}, [question.seed],
                                         Decoding(4), positions)
     for cell in cells:
         pruned = prefill(model, start, cell.schedule, cell.seed + question.seed,
@@ -166,7 +166,7 @@ def test_a_new_method_without_gold_measures_the_models_own_answer(run, tmp_path,
         question = known[record["id"]]
         start = model.begin(read_image(question.image), question.prompt)
         own = record["answers"]["unpruned"]
-        info = {20: {"mine": information_of_tokens(model, start, [own], [20])[0]}}
+        info = {20: {"mine": information_of_tokens(model, {0: start}, [own], [20])[0]}}
         want = decode(model, prefill(model, start, [(20, "mine", 0.9)], question.seed, info))[0]
         assert record["answers"]["mine@20:0.9 seed 0"] == want
 

@@ -133,8 +133,8 @@ def test_batches_hold_every_pair_once_and_no_more_than_the_room():
 
 def test_a_variant_joins_the_batch_at_its_layer(model, start):
     """Streams at layers 0 and 2, two windows each: by layer, then by window."""
-    streams = information.inputs_of_layers(model, start, [2, 0])
-    full = model.run(streams[-1])
+    L = model.num_layers
+    *streams, full = information.inputs_of_layers(model, {0: start}, [2, 0, L]).values()
     kept = torch.tensor([[0, 1], [4, 6]])
     ends = information.run_together(model, streams, full, 0, kept)
     for row, (stream, tokens) in enumerate((s, t) for s in streams for t in kept):
@@ -177,7 +177,7 @@ def test_an_answer_without_a_token_and_tokens_without_a_grid_are_refused(model, 
 
 def test_hindsight_is_the_attention_of_the_rows_that_write_the_answer(model, start):
     """Recomputed in one teacher-forced pass over prompt and answer."""
-    [seen] = information.attention_of_answer(model, start, ["abc"], [1, 2])
+    [seen] = information.attention_of_answer(model, {0: start}, ["abc"], [1, 2])
     ids = model.answer_ids("abc")
     prompt = with_ids(model, start, ids[:-1])
     first, N = start.visual
@@ -207,8 +207,8 @@ def test_methods_are_given_what_they_are_said_to_need(model, start):
         return [{"windows": "Y", "tokens": "ab"}[method.measure]] * 2
     other = model.begin(IMAGE.rotate(180), QUESTIONS[1])
     layers_of = {"info": {1, 2}, "info-turns": {1}, "divprune": {0}}
-    info = information.measure_beforehand(model, together([start, other]), layers_of, answers_for,
-                                          300)
+    info = information.measure_beforehand(model, {0: together([start, other])}, layers_of,
+                                          answers_for, 300)
     assert {layer: set(of_layer) for layer, of_layer in info.items()} == {
         1: {"info", "info-turns"}, 2: {"info"}}
     assert asked == [METHODS["info"], METHODS["info-turns"]]

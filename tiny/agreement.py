@@ -36,7 +36,7 @@ def correlations(model, question) -> dict[str, list[float]]:
         return token_information(model, stream, answer, LAYERS, 1, mode, target).flatten(1, 2)
     exact = information(question.gold_written)                              # (len(LAYERS), N)
     *_, of_last, of_end = information(question.gold_written, target="each").unbind(-1)
-    [attended] = attention_of_answer(model, stream, [own], LAYERS)
+    [attended] = attention_of_answer(model, {0: stream}, [own], LAYERS)
     scores = {
         "information of the first token": information(question.gold_normalized, target="first"),
         "information of the last token": of_last,
