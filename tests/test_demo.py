@@ -88,10 +88,10 @@ def test_a_new_method_that_measures_has_a_row(run, model, tmp_path, monkeypatch)
     """It crashed: "'Namespace' object has no attribute 'answers'". README promises that an entry of
     METHODS is enough. It measures the unpruned answer."""
     monkeypatch.setitem(METHODS, "mine", Method(take_turns, "#123456", measure="tokens"))
-    printed, result = run(demo.main, "--method", "mine,divprune", out=tmp_path)
+    printed, result = run(demo.main, "--method", "mine,divprune", "--layer", 20, out=tmp_path)
     start = model.begin(read_image(demo.PICTURE), demo.QUESTION)
-    [[values]] = information_of_tokens(model, {0: start}, [result["answers"]["unpruned"]], [8])
-    want = prefill(model, start, [(8, "mine", 0.9)], info={8: {"mine": [values]}})
+    [[values]] = information_of_tokens(model, {0: start}, [result["answers"]["unpruned"]], [20])
+    want = prefill(model, start, [(20, "mine", 0.9)], info={20: {"mine": [values]}})
     assert result["kept"]["mine"] == want.origin[0].tolist() != result["kept"]["divprune"]
     assert f"| mine | 6 | {result['answers']['mine']} |" in printed
 

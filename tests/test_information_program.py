@@ -12,9 +12,8 @@ from support import flags, run as support_run
 from support.benchmarks import Question, load_benchmark
 from support.run import ROOT, read_records
 
-ARGV = ["--layer", "1,12,23", "--limit", "1"]
+ARGV = ["--layer", "1,12,23", "--bench", "mme", "--limit", "1"]         # two questions
 LAYERS = [1, 12, 23]
-BENCHMARKS = ["mme", "textvqa"]
 
 
 @pytest.fixture(scope="module")
@@ -31,26 +30,24 @@ def maps_of(out):
     return maps
 
 
-def drawn(benchmark):
-    return flags.sample(load_benchmark(benchmark, ROOT / "tiny"), 1, 0)
+def drawn():
+    return flags.sample(load_benchmark("mme", ROOT / "tiny"), 1, 0)
 
 
 def test_maps_of_every_question_are_stored_and_averaged_in_the_table(measured):
     printed, result, out = measured
     maps = maps_of(out)
-    assert maps.keys() == {f"{name}/{question.id}" for name in BENCHMARKS
-                           for question in drawn(name)}
+    assert maps.keys() == {f"mme/{question.id}" for question in drawn()}
     assert all(values.shape == (3, 4, 4) for values in maps.values())
-    for benchmark in BENCHMARKS:
-        rows = result["benchmarks"][benchmark]["information"]
-        assert [row["layer"] for row in rows] == LAYERS
-        values = np.array([maps[f"{benchmark}/{q.id}"].reshape(3, -1) for q in drawn(benchmark)])
-        means = values.mean((0, 2))
-        assert [row["mean"] for row in rows] == pytest.approx(means, abs=1e-6)
-        spreads = values.std(2).mean(0)
-        assert [row["spread"] for row in rows] == pytest.approx(spreads, abs=1e-6)
-        mean = re.escape(f"{means[1]:+.4f}")
-        assert re.search(rf"^\| 12 \| .* \| {mean} \| ", printed, re.M)
+    rows = result["benchmarks"]["mme"]["information"]
+    assert [row["layer"] for row in rows] == LAYERS
+    values = np.array([maps[f"mme/{question.id}"].reshape(3, -1) for question in drawn()])
+    means = values.mean((0, 2))
+    assert [row["mean"] for row in rows] == pytest.approx(means, abs=1e-6)
+    spreads = values.std(2).mean(0)
+    assert [row["spread"] for row in rows] == pytest.approx(spreads, abs=1e-6)
+    mean = re.escape(f"{means[1]:+.4f}")
+    assert re.search(rf"^\| 12 \| .* \| {mean} \| ", printed, re.M)
     assert "<svg" in (out / "information.svg").read_text("utf-8")
     assert f"maps in {out / 'information.npz'}, picture in {out / 'information.svg'}" in printed
 
@@ -58,25 +55,23 @@ def test_maps_of_every_question_are_stored_and_averaged_in_the_table(measured):
 def test_both_horizons_are_read_off_the_records(measured):
     """Of one image there is a layer, no interval, no distance of two, and a line that says so."""
     printed, result, out = measured
-    for benchmark in BENCHMARKS:
-        asked = list(read_records(out, benchmark).values())
-        horizons = result["benchmarks"][benchmark]["horizons"]
-        scores = {key: np.mean([record["scores"][key] for record in asked])
-                  for key in asked[0]["scores"]}
-        full = scores.pop("unpruned")
-        curve = [scores[str(layer)] for layer in range(24)]
-        assert horizons["score"]["layer"] == information.horizon(curve, full)
-        assert horizons["score"]["scores"] == pytest.approx([100 * value for value in curve])
-        without_end = [[sum(of_layer[:-1]) for of_layer in record["divergence"]]
-                       for record in asked]
-        divergence = np.mean(without_end, 0)
-        layer = information.divergence_horizon(divergence)
-        assert horizons["divergence"]["layer"] == layer
-        assert horizons["divergence"]["nats"] == pytest.approx(divergence.tolist())
-        assert horizons["score"]["low"] is horizons["divergence"]["high"] is None
-        assert f"{benchmark}: without gold answers, horizon at layer {layer}: " in printed
-        assert f"{benchmark}: 1 image: no intervals" in printed
-        assert "draws" not in (out / "result.json").read_text()
+    asked = list(read_records(out, "mme").values())
+    horizons = result["benchmarks"]["mme"]["horizons"]
+    scores = {key: np.mean([record["scores"][key] for record in asked])
+              for key in asked[0]["scores"]}
+    full = scores.pop("unpruned")
+    curve = [scores[str(layer)] for layer in range(24)]
+    assert horizons["score"]["layer"] == information.horizon(curve, full)
+    assert horizons["score"]["scores"] == pytest.approx([100 * value for value in curve])
+    without_end = [[sum(of_layer[:-1]) for of_layer in record["divergence"]] for record in asked]
+    divergence = np.mean(without_end, 0)
+    layer = information.divergence_horizon(divergence)
+    assert horizons["divergence"]["layer"] == layer
+    assert horizons["divergence"]["nats"] == pytest.approx(divergence.tolist())
+    assert horizons["score"]["low"] is horizons["divergence"]["high"] is None
+    assert f"mme: without gold answers, horizon at layer {layer}: " in printed
+    assert "mme: 1 image: no intervals" in printed
+    assert "draws" not in (out / "result.json").read_text()
     assert "horizon lies" not in printed
 
 
@@ -135,24 +130,23 @@ def test_only_questions_with_a_gold_answer_can_be_right(run, tmp_path):
 
 def test_an_interrupted_run_measures_only_the_other_questions(run, measured, tmp_path,
                                                               monkeypatch):
-    """Stopped at the third question: the two before are stored, and not measured again."""
+    """Stopped at the second question: the one before is stored, and not measured again."""
     _, want, folder = measured
     original = information.answers_without_image
     calls = []
 
     def stops(*args):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return original(*args)
     monkeypatch.setattr(information, "answers_without_image", stops)
     argv = [*ARGV, "--batch", "1"]
     with pytest.raises(KeyboardInterrupt):
         information.main([*argv, "--out", str(tmp_path)])
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
     _, result = run(information.main, *argv, out=tmp_path)
-    asked = sum(len(drawn(benchmark)) for benchmark in BENCHMARKS)
-    assert len(calls) == 3 + asked - 2
+    assert len(calls) == 2 + len(drawn()) - 1
     assert result["benchmarks"] == want["benchmarks"]
     again = maps_of(tmp_path)
     assert all(np.array_equal(values, again[key]) for key, values in maps_of(folder).items())

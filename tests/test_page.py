@@ -1,6 +1,8 @@
 """The page: its data block says what a direct run says, and what users write is never markup."""
 import base64
+import contextlib
 import hashlib
+import io
 import json
 import re
 import shlex
@@ -29,14 +31,24 @@ def llava():
 
 
 @pytest.fixture(scope="module")
-def measured(llava):
-    """The third bundled question, at every layer by every method, as the page has it."""
-    return demo.measure_every_layer(llava, *asked(2), METHODS_SHOWN)
+def command(tmp_path_factory):
+    """`python demo.py --page` of the third bundled question, asked as one's own: the data block,
+    what it printed, and the layers of the progress line."""
+    file = tmp_path_factory.mktemp("page") / "star.html"
+    found = EXPLORE["questions"][2]
+    layers = []
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(demo, "progress", lambda what, number, of, began: layers.append(number))
+        demo.main(["--image", str(ROOT / "tiny" / found["image"]), "--question", found["question"],
+                   "--answer", found["gold"], "--page", str(file)])
+    assert f"page: {file} (" in printed.getvalue()
+    return block_of(file.read_text("utf-8")), layers
 
 
 @pytest.fixture(scope="module")
-def entry(measured):
-    return block_of(page_of(data_block([[measured]], "")))["questions"][0][0]
+def entry(command):
+    return command[0]["questions"][0][0]
 
 
 def asked(number):
@@ -251,23 +263,16 @@ def test_every_field_that_the_script_reads_of_a_question_is_in_the_data_block():
 
 # ---- the command ---------------------------------------------------------------------------------
 
-def test_the_command_writes_a_page_of_one_s_own_question(tmp_path, capsys, monkeypatch):
+def test_the_command_writes_a_page_of_one_s_own_question(command, entry):
     """The image and the question come from the user; the printed command asks the same again. The
     progress line begins at layer 1 of 24: at 0 it would divide by zero on a terminal."""
-    file = tmp_path / "cat.html"
-    layers = []
-    monkeypatch.setattr(demo, "progress", lambda what, number, of, began: layers.append(number))
-    argv = ["--image", str(demo.PICTURE), "--question", "Is there a star in this image?",
-            "--method", "grid", "--page", str(file)]
-    demo.main(argv)
-    assert f"page: {file} (" in capsys.readouterr().out and layers == list(range(1, 25))
-    data = block_of(file.read_text("utf-8"))
-    [[entry]] = data["questions"]
-    assert list(entry["methods"]) == ["none", "grid"] and data["guide"] == []
-    assert "90 %" in data["measured"] and entry["gold"] is None
+    data, layers = command
+    assert layers == list(range(1, 25)) and data["guide"] == []
+    assert list(entry["methods"]) == METHODS_SHOWN and "90 %" in data["measured"]
+    found = EXPLORE["questions"][2]
     again = demo.parse_arguments(shlex.split(entry["command"])[2:] + ["--layer", "3"])
-    assert again.question == "Is there a star in this image?"
-    assert (ROOT / again.image).samefile(demo.PICTURE)
+    assert again.question == found["question"] and entry["gold"] == found["gold"]
+    assert (ROOT / again.image).samefile(ROOT / "tiny" / found["image"])
 
 
 def test_the_guide_is_left_out_where_a_flag_changes_what_it_speaks_of():
