@@ -92,11 +92,12 @@ def information_of_prompts(model, streams: dict[int, Stream], answers: list[str]
         forced = torch.tensor([ids_of[p] for p in prompts], device=streams[0].x.device)
         if target != "each":
             forced = forced[:, :-1]                     # nothing is asked behind the last token
-        known = streams                                 # nothing forced: these are the prompts
-        numbers = prompts
         if forced.shape[1]:
             known = {0: with_answer(model, some_of(streams[0], prompts), forced)}
             numbers = range(len(prompts))
+        else:                                           # the prompts themselves, which have run
+            known = streams
+            numbers = prompts
         full_streams = inputs_of_layers(model, known, [*layers, model.num_layers])
         for p, number in zip(prompts, numbers):
             ids_at = [[token] for token in ids_of[p]]
