@@ -120,6 +120,9 @@ def test_neighbors_differ_in_one_thing():
     assert [format_schedule(near) for near in plan.narrow(schedules, 24)] == [
         "dart@2:0.375 none@22", "dart@2:0.625 none@22", "dart@4:0.5 none@22",
         "dart@2:0.5 none@23", "dart@2:0.5"]
+    at_the_edge = parse_schedule("grid@0:0.5 none@2")           # no layer before, none up to 2
+    assert [format_schedule(near) for near in plan.narrow([at_the_edge], 24)] == [
+        "grid@0:0.375 none@2", "grid@0:0.625 none@2", "grid@0:0.5 none@3", "grid@0:0.5 none@4"]
 
 
 def questions_about(images: int, of_each: int = 2) -> list[Question]:
