@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from checkpoints import GOLDEN, copy_of, load, tensors_of
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -239,13 +240,16 @@ LAST = {"max_position_embeddings": None}                # None: as many as a pro
     ("llava_tied", LAST), ("qwen_tied", LAST), ("qwen3_tied", LAST),
     ("llava_tied", {"model_type": "mistral", "sliding_window": None})])
 def test_a_prompt_past_the_last_position_or_a_window_is_refused(name, entries, tmp_path):
-    """LLaVA past its context babbled."""
+    """LLaVA past its context babbled. Programs ask beforehand, by `shape`; `begin` refuses, too."""
+    image = Image.new("RGB", (56, 56))
     rows = load(name).shape((56, 56), "?")[0]
     entries = {f"text_config.{entry}": value or rows for entry, value in entries.items()}
     model = checkpoint.load_model(copy_of(name, tmp_path, config=entries), "cpu")
-    assert model.shape((56, 56), "?")[0] == rows
-    with pytest.raises(InputError, match=rf"prompt has \d+ tokens, longer than the {rows} "):
-        model.shape((56, 56), "??? ???")
+    assert model.shape(image.size, "?")[0] == model.begin(image, "?").x.shape[1] == rows
+    for refuses in (lambda: model.shape(image.size, "??? ???"),
+                    lambda: model.begin(image, "??? ???")):
+        with pytest.raises(InputError, match=rf"prompt has \d+ tokens, longer than the {rows} "):
+            refuses()
 
 
 # ---- not a number --------------------------------------------------------------------------------
