@@ -153,6 +153,7 @@ REFUSED = {
         config("want the converted folder, e.g. llava-hf", mm_vision_tower="openai/clip"),
         config("model_type is 'granite'", "text", model_type="granite"),
         config("sliding_window is 16", "text", model_type="mistral", sliding_window=16),
+        config("sliding_window is '9'", "text", model_type="mistral", sliding_window="9"),
         config("hidden_act is 1, want 'silu'", "text", hidden_act=1),
         config("vision_config.hidden_act is 'gelu'", "vision", hidden_act="gelu"),
         config("projector_hidden_act is 'relu'", projector_hidden_act="relu"),

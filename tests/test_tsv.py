@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support.benchmarks import LETTER, SHORT, load_benchmark, official_totals, remarks, score
+from support.benchmarks import (LETTER, SHORT, SUBTASKS, load_benchmark, official_totals, remarks,
+                                score)
 from support.files import read_image
 from tokprune import InputError
 
@@ -64,6 +65,14 @@ def test_mmes_pairs_share_an_image_and_get_the_official_totals(tmp_path):
     assert not found["complete"]
     assert remarks(questions) == ["2 of 14 subtasks",
                                   "asked in LLaVA's words and not VLMEvalKit's, metric yesno"]
+
+
+def test_all_of_mme_is_complete(tmp_path):
+    rows = [{"index": i, "image": BLUE, "question": "?", "answer": "Yes", "category": category}
+            for i, category in enumerate(SUBTASKS)]
+    questions = load(tmp_path, "MME", *rows)
+    assert totals(questions, *["Yes"] * 14)["complete"]
+    assert remarks(questions)[0] == "14 of 14 subtasks"
 
 
 def test_a_question_of_several_of_popes_categories_counts_in_each(tmp_path):
