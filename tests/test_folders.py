@@ -253,6 +253,13 @@ def test_a_prompt_past_the_last_position_or_a_window_is_refused(name, entries, t
             refuses()
 
 
+def test_a_window_that_holds_more_than_an_image_is_the_most_of_a_prompt(tmp_path):
+    window = load("llava_tied").config.side ** 2 + 1
+    entries = {"text_config.model_type": "mistral", "text_config.sliding_window": window}
+    model = checkpoint.load_model(copy_of("llava_tied", tmp_path, config=entries), "cpu")
+    assert model.config.text.max_position_embeddings == window
+
+
 # ---- not a number --------------------------------------------------------------------------------
 
 def test_numbers_that_overflow_end_a_run_by_the_name_of_the_question(tmp_path):

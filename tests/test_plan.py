@@ -189,6 +189,16 @@ def test_a_planted_best_schedule_is_found_and_promised():
     assert sum(number for _, number in ask.asked[:3]) < 200
 
 
+def test_the_horizon_may_change_as_many_answers_as_the_loss():
+    """One of ten at layers 5 and later, for a loss of 10 %; two of ten before."""
+    def ask(part, schedules, stage):
+        return [{"changed": [format_schedule(schedule) for schedule in schedules
+                             if number == 0 or number == 1 and schedule[0][0] < 5],
+                 "visual_tokens": 64, "text_rows": 20} for number in range(10)]
+    horizon, _, _ = plan.search(MODEL, ask, 0.1, "flops")
+    assert horizon == 5
+
+
 def test_where_only_the_horizon_is_worth_it_that_is_said(capsys):
     found = plan.make_plan(MODEL, planted(horizon_at_17), 0.1, 0.95)
     assert found["chosen"]["schedule"] == "none@17"
