@@ -18,7 +18,7 @@ from support import checkpoint, flags
 from support.files import read_image, read_json
 from support.page import (TEMPLATE, Measured, data_block, numbers, opening, page_of, write_page)
 from support.run import ROOT
-from tokprune import METHODS, InputError, decode, prefill, prune, view_of
+from tokprune import METHODS, Decoding, InputError, decode, prefill, prune, view_of
 
 EXPLORE = read_json(demo.EXPLORE)
 METHODS_SHOWN = [name for name, method in METHODS.items() if not method.needs_gold]
@@ -41,7 +41,7 @@ def command(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(demo, "progress", lambda what, number, of, began: layers.append(number))
         demo.main(["--image", str(ROOT / "tiny" / found["image"]), "--question", found["question"],
-                   "--answer", found["gold"], "--page", str(file)])
+                   "--answer", found["gold"], "--max-new-tokens", "8", "--page", str(file)])
     assert f"page: {file} (" in printed.getvalue()
     return block_of(file.read_text("utf-8")), layers
 
@@ -98,7 +98,7 @@ def test_answers_and_kept_tokens_are_those_of_the_five_moves(llava, entry, metho
     s = llava.run(s, stop=layer)
     s = prune(llava, s, method, 6)
     s = llava.run(s)
-    assert said(entry, method, layer) == decode(llava, s)[0]
+    assert said(entry, method, layer) == decode(llava, s, 8)[0]
     assert kept(entry, method, layer) == s.origin[0].tolist()
 
 
@@ -121,9 +121,9 @@ def test_information_and_attention_are_those_of_the_model_s_own_answer(llava, en
             assert abs(data[layer] - want[kind]).max() <= 0.51 / one      # half of the last digit
 
 
-def test_the_horizon_and_right_answers_are_those_of_demo(llava, entry):
-    stream = llava.begin(*asked(2)[:2])
-    assert entry["horizon"] == demo.horizon_of_question(llava, stream)
+def test_the_horizon_is_where_dropping_all_stops_changing_the_answer_and_right_is_gold(entry):
+    changed = [layer for layer in range(24) if said(entry, "none", layer) != entry["unpruned"]]
+    assert entry["horizon"] == changed[-1] + 1 > 1
     for answer, right in zip(entry["said"], entry["right"], strict=True):
         assert right == (answer.lower() == entry["gold"])
 
@@ -185,7 +185,7 @@ def test_what_the_guide_says_of_the_first_question_is_true(llava):
     order = early.flatten().argsort(descending=True)
     assert set(order[:2].tolist()) == {1, 2} and early.flatten()[order[:3]].tolist()[1] > 0.8
     assert early.flatten()[order[2]] < 0.06 and late.max() < 0.03
-    assert demo.horizon_of_question(llava, stream) == 13
+    assert demo.horizon_of_question(llava, stream, Decoding(8)) == 13
     assert "q=1&model=tiny/llava&layer=5&method=fastv&with=random" in EXPLORE["guide"][0]["state"]
     assert prefill(llava, reached, [(5, "fastv", 0.9)]).origin[0].tolist() == sorted(sets["fastv"])
 
@@ -196,7 +196,7 @@ def test_what_the_guide_says_of_qwen_is_true():
     image, question, gold = asked(0)
     stream = qwen.begin(image, question)
     assert decode(qwen, qwen.run(stream)) == [gold]
-    assert qwen.num_layers == 28 and demo.horizon_of_question(qwen, stream) == 18
+    assert qwen.num_layers == 28 and demo.horizon_of_question(qwen, stream, Decoding(8)) == 18
 
 
 # ---- the file ------------------------------------------------------------------------------------
