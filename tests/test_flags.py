@@ -3,7 +3,6 @@ import io
 import os
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -194,13 +193,16 @@ def test_a_mistake_in_the_program_keeps_its_traceback(started):
         started(main)
 
 
-def test_an_error_leaves_with_code_2_and_one_line_on_a_console_without_its_letters():
+def test_an_error_leaves_with_code_2_and_one_line_on_a_console_without_its_letters(
+        started, capsys, monkeypatch):
     """A console of Windows or of LANG=C has no letter for much: UnicodeEncodeError, a traceback."""
-    done = subprocess.run([sys.executable, "eval.py", "--bench", "猫.jsonl"], cwd=ROOT,
-                          capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"})
-    assert done.returncode == 2 and done.stdout == b""
-    assert done.stderr.startswith(b"eval.py: error: \\u732b.jsonl: not found")
-    assert done.stderr.count(b"\n") == 1
+    console = io.TextIOWrapper(io.BytesIO(), "cp1252", newline="\n")
+    monkeypatch.setattr(sys, "stderr", console)
+    assert started(evaluation.main, "--bench", "猫.jsonl") == 2
+    console.flush()
+    said = console.buffer.getvalue()
+    assert said.startswith(b"eval.py: error: \\u732b.jsonl: not found") and said.count(b"\n") == 1
+    assert capsys.readouterr().out == ""
 
 
 def test_a_table_prints_on_such_a_console_and_a_pipe_may_close(started, tmp_path, monkeypatch):
