@@ -62,7 +62,7 @@ def naive(model, start, layer, tokens, ids):
 
 
 @pytest.mark.parametrize("mode", information.MODES)
-@pytest.mark.parametrize("window, bound", [(2, 10 ** 6), (3, 150)])
+@pytest.mark.parametrize("window, bound", [(2, 10 ** 6), (3, 150), (3, 1)])
 def test_information_equals_the_naive_loop(model, start, answer, window, bound, mode, monkeypatch):
     """Windows at the edge of the grid are smaller for 3; a bound splits the batches. Many ids end
     an answer, for a random model to end it."""

@@ -33,7 +33,7 @@ def llava():
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
     """`python demo.py --page` of the third bundled question, asked as one's own: the data block,
-    what it printed, and the layers of the progress line."""
+    and the layers that the progress line names."""
     file = tmp_path_factory.mktemp("page") / "star.html"
     found = EXPLORE["questions"][2]
     layers = []
@@ -121,9 +121,9 @@ def test_information_and_attention_are_those_of_the_model_s_own_answer(llava, en
             assert abs(data[layer] - want[kind]).max() <= 0.51 / one      # half of the last digit
 
 
-def test_the_horizon_is_where_dropping_all_stops_changing_the_answer_and_right_is_gold(entry):
-    changed = [layer for layer in range(24) if said(entry, "none", layer) != entry["unpruned"]]
-    assert entry["horizon"] == changed[-1] + 1 > 1
+def test_the_horizon_and_right_answers_are_those_of_demo(llava, entry):
+    stream = llava.begin(*asked(2)[:2])
+    assert entry["horizon"] == demo.horizon_of_question(llava, stream, Decoding(8))
     for answer, right in zip(entry["said"], entry["right"], strict=True):
         assert right == (answer.lower() == entry["gold"])
 
