@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 from checkpoints import GOLDEN, copy_of, load, tensors_of
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -253,7 +253,7 @@ def test_a_prompt_past_the_last_position_or_a_window_is_refused(name, entries, t
             refuses()
 
 
-def test_a_window_that_holds_more_than_an_image_is_the_most_of_a_prompt(tmp_path):
+def test_a_window_larger_than_an_image_bounds_the_prompt(tmp_path):
     window = load("llava_tied").config.side ** 2 + 1
     entries = {"text_config.model_type": "mistral", "text_config.sliding_window": window}
     model = checkpoint.load_model(copy_of("llava_tied", tmp_path, config=entries), "cpu")
