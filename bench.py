@@ -245,8 +245,7 @@ def time_sweep(model, stream, schedules: list[tuple], rounds: int) -> list[dict]
     calls = {
         "sweep": (
             lambda: answer_cells(model, {0: stream}, cells, {}, [0]),
-            lambda: [answer_cells(model, {0: stream}, [cell], {}, [0])
-                     for cell in cells]),
+            lambda: [answer_cells(model, {0: stream}, [cell], {}, [0]) for cell in cells]),
         "information": (
             lambda: token_information(model, stream, "yes", layers),
             lambda: information_one_by_one(model, stream, "yes", layers))}

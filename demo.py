@@ -73,7 +73,7 @@ def answer_with_each_method(model, stream: Stream, methods: list[str], layer: in
                             seed: int = 0, decoding: Decoding = Decoding()) -> list[tuple]:
     """Return (name, answer, kept tokens) of the unpruned model, and of each method.
 
-    stream: at layer 0. It runs once, and each method goes on from its layer.
+    stream: at layer 0. It runs once, and each method goes on from the layer.
     """
     streams = inputs_of_layers(model, {0: stream}, [0, layer, model.num_layers])
     [unpruned] = decode(model, streams[model.num_layers], *decoding)

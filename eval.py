@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from information import (MEASURES, first_token_is_space, inputs_of_layers,
-                         measure_beforehand)
+from information import MEASURES, first_token_is_space, inputs_of_layers, measure_beforehand
 from support import flags, report
 from support.benchmarks import Question, images_of, is_overlong, official_totals, score
 from support.pictures import plot
@@ -49,9 +48,10 @@ def answer_cells(model, streams: dict[int, Stream], cells: list[Cell], info: dic
                  positions: str = "keep") -> list[dict[str, str]]:
     """Return the greedy answer of every cell to each prompt, by the cell's key.
 
-    The unpruned stream runs once, and the cells go on from there. streams: what is there of it, by
-    layer, as `inputs_of_layers` takes it. info: what methods need beforehand, as `prefill` takes
-    it. seeds: of each prompt, added to the cell's.
+    The unpruned stream runs once, and the cells go on from there.
+
+    streams: the unpruned one at layer 0, and wherever else it has been run to, by layer. info: what
+    methods need beforehand, as `prefill` takes it. seeds: of each prompt, added to the cell's.
     """
     full_streams = inputs_of_layers(model, streams, [first_layer(model, cell) for cell in cells])
     answers = [{} for _ in seeds]

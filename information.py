@@ -94,8 +94,8 @@ def information_of_prompts(model, streams: dict[int, Stream], answers: list[str]
             forced = forced[:, :-1]                     # nothing is asked behind the last token
         if forced.shape[1]:
             known = {0: with_answer(model, some_of(streams[0], prompts), forced)}
-            numbers = range(len(prompts))
-        else:                                           # the prompts themselves, which have run
+            numbers = range(len(prompts))               # of the prompts in these streams
+        else:                                           # nothing is forced: the prompts themselves
             known = streams
             numbers = prompts
         full_streams = inputs_of_layers(model, known, [*layers, model.num_layers])
@@ -163,8 +163,8 @@ def inputs_of_layers(model, streams: dict[int, Stream], layers: list[int]) -> di
     """Return the unpruned stream at the input of each of the layers, ascending; `num_layers` is
     past the last one.
 
-    streams: those that are there already, by layer; the one at layer 0 at least. The others go on
-    from them.
+    streams: those that are there already, by layer; the one at layer 0 at least. From them the
+    model runs on to the others.
     """
     streams = dict(streams)
     for layer in sorted(set(layers)):
@@ -383,8 +383,7 @@ MEASURES = {"windows": Measure(information_of_windows, "first"),
 
 
 def measure_beforehand(model, streams: dict[int, Stream], layers_of: dict[str, set[int]],
-                       answers_for, max_batch_tokens: int = ROWS
-                       ) -> dict[int, dict[str, list[Tensor]]]:
+                       answers_for, max_batch_tokens: int = ROWS) -> dict[int, dict]:
     """Return {layer: {method: values of the N visual tokens, a prompt}}, as `prefill` takes it.
 
     streams: unpruned, by layer, as `inputs_of_layers` takes them. layers_of: where each method
