@@ -162,6 +162,8 @@ def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 
             B = len(given)
     methods = method if isinstance(method, list) else [method] * B
     seeds = seed if isinstance(seed, list) else [seed] * B
+    if 0 < n < stream.visual[1]:                        # once: a GPU has to be waited for
+        finite(stream.x, f"hidden states at layer {stream.layer}", stream.x.dtype)
     stream = expand(stream, B)
     kept = []
     merged = []
@@ -191,7 +193,6 @@ def choose(view: "View", method: str, n: int) -> tuple[Tensor, Tensor | None]:
     if n == 0 or n >= V or chosen.keeps_none:
         return torch.arange(0 if chosen.keeps_none else min(n, V)), None
     check_method(method, view.layer)
-    finite(view.x, f"hidden states at layer {view.layer}", view.x.dtype)
     assert view.keys is not None or not chosen.needs_layer, \
         f"{method} needs a layer run since rows last left"
     if chosen.measure and view.info is None:

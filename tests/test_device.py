@@ -121,6 +121,18 @@ def test_a_selection_waits_for_the_device_no_more_often_for_more_tokens(model, m
     assert waits[0] == waits[1] <= 5
 
 
+def test_many_variants_wait_for_the_device_as_often_as_one(model):
+    """Whether the hidden states are finite was asked for each."""
+    with SimulatedGPU() as device:
+        reached = model.run(model.begin(images()["wide"], QUESTIONS[0]), stop=1)
+        waits = []
+        for seeds in ([0], list(range(5))):
+            before = device.waits
+            prune(model, reached, "random", 6, seeds)
+            waits.append(device.waits - before)
+    assert waits[0] == waits[1] == 1
+
+
 @pytest.mark.parametrize("mistake", [
     lambda x: x + torch.ones(2), lambda x: x @ torch.ones(2, 2), lambda x: x.cpu() + x,
     lambda x: torch.cat([x, torch.zeros(1)]), lambda x: x.numpy(),

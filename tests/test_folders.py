@@ -282,13 +282,14 @@ def test_numbers_that_overflow_end_a_run_by_the_name_of_the_question(tmp_path):
 
 
 def test_a_method_ranks_no_hidden_state_and_no_measure_that_is_not_finite():
-    x = torch.randn(8, 4)
-    view = tokprune.View(layer=3, visual=(1, 6), x=x, rng=torch.Generator())
-    tokprune.choose(view, "random", 2)
-    view.x = x.clone()
-    view.x[7, 0] = torch.nan                            # a text row: methods read those, too
+    model = load("llava_grouped")
+    stream = model.run(model.begin(Image.new("RGB", (8, 8)), "?"), stop=3)
+    tokprune.prune(model, stream, "random", 2)
+    stream.x = stream.x.clone()
+    stream.x[0, -1, 0] = torch.nan                      # a text row: methods read those, too
+    tokprune.prune(model, stream, "none", 0)            # which looks at nothing
     with pytest.raises(InputError, match="hidden states at layer 3 are not finite in float32"):
-        tokprune.choose(view, "random", 2)
+        tokprune.prune(model, stream, "random", 2)
 
 
 def test_a_result_is_json_whatever_it_holds(tmp_path):
