@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from information import (answers_without_image, check_grid, from_there_on, inputs_of_layers,
-                         measure_beforehand, per_token, token_information)
+from information import (check_grid, from_there_on, inputs_of_layers, measure_beforehand, per_token,
+                         token_information)
 from support import flags, report
 from support.files import read_image, read_json
 from support.page import Measured, write_page
@@ -112,9 +112,14 @@ def is_right(answer: str, gold: str) -> bool:
 def horizon_of_question(model, stream: Stream, decoding: Decoding = Decoding()) -> int:
     """Find the layer from which on dropping every visual token leaves the answer as it is, to the
     letter. `information.horizon` has the rule for a benchmark."""
-    [answers] = answers_without_image(model, stream, decoding)
-    unpruned = answers.pop("unpruned")
-    return from_there_on([answer == unpruned for answer in answers.values()])
+    L = model.num_layers
+    streams = inputs_of_layers(model, {0: stream}, range(L + 1))
+    unpruned = decode(model, streams[L], *decoding)
+    for layer in reversed(range(L)):                    # no layer before the first change matters
+        without_stream = prefill(model, streams[layer], [(layer, "none", 0)])
+        if decode(model, without_stream, *decoding) != unpruned:
+            return layer + 1
+    return 0
 
 
 # ---- the page ------------------------------------------------------------------------------------

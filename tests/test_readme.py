@@ -20,8 +20,8 @@ PROGRAMS = {"bench.py": bench, "demo.py": demo, "eval.py": evaluation,
 # behind the flags of a command, to make it small: the last of a flag counts
 SMALL = {"bench.py": "--rounds 1 --layer 22 --method random",
          "demo.py": "--layer 22 --max-new-tokens 1",
-         "eval.py": "--limit 1 --seeds 1 --max-new-tokens 2",
-         "information.py": "--limit 1 --layer 22 --window 4 --max-new-tokens 2"}
+         "eval.py": "--limit 1 --seeds 1 --max-new-tokens 1",
+         "information.py": "--limit 1 --layer 22 --window 4 --max-new-tokens 1"}
 # begins with -> why no test of this file runs it
 NOT_HERE = {
     "python3 -m venv": "installs packages; .ci/run does it",
