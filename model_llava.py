@@ -74,8 +74,7 @@ class Llava(nn.Module):
         visual one, and the grid of visual tokens. Raises InputError."""
         ids, start = self.tokenize(question)
         side = self.config.side
-        rows = len(ids) - 1 + side * side
-        checkpoint.check_length(rows, self.config)
+        rows = checkpoint.rows_of_prompt(ids, side * side, self.config)
         return rows, start, (side, side)
 
     @torch.inference_mode()
@@ -89,7 +88,7 @@ class Llava(nn.Module):
         features = self.multi_modal_projector(features)[0]                      # (V, C)
         ids, start = self.tokenize(question)
         V = len(features)
-        checkpoint.check_length(len(ids) - 1 + V, self.config)
+        checkpoint.rows_of_prompt(ids, V, self.config)
         ids = torch.tensor(ids[:start] + V * [ids[start]] + ids[start + 1:], device=device)
         x = embed(ids)                                                          # (T, C)
         x[start:start + V] = features

@@ -8,7 +8,7 @@ take visual rows out of it. Everything here is the published model; pruning is n
     C width   H heads   G key/value heads   D head width
 """
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 
@@ -81,8 +81,7 @@ class Qwen(nn.Module):
         c = self.config
         height, width = smart_resize(size[1], size[0], c.factor, c.min_pixels, c.max_pixels)
         grid = height // c.factor, width // c.factor
-        rows = len(ids) - 1 + grid[0] * grid[1]
-        checkpoint.check_length(rows, c)
+        rows = checkpoint.rows_of_prompt(ids, grid[0] * grid[1], c)
         return rows, start, grid
 
     @torch.inference_mode()
@@ -95,7 +94,7 @@ class Qwen(nn.Module):
         features, saliency = self.visual(pixels[None].to(device, embed.weight.dtype), grid)
         ids, start = self.tokenize(question)
         V = features.shape[1]                                                   # (1, V, C)
-        checkpoint.check_length(len(ids) - 1 + V, self.config)
+        checkpoint.rows_of_prompt(ids, V, self.config)
         ids = torch.tensor(ids[:start] + V * [ids[start]] + ids[start + 1:], device=device)
         x = embed(ids)                                                          # (T, C)
         x[start:start + V] = features[0]
@@ -303,17 +302,18 @@ class VisionTower(nn.Module):
         """Turn patches (B, P, 3 * 2 * 14 * 14) into token features (B, V, C).
 
         Also returns a function -> (B, V) float32: how much the whole image attends to each token in
-        the last block of full attention. It is costly, and few methods call it.
+        the last block of full attention, or the last one. It is costly, and few methods call it.
         """
         m = self.c.spatial_merge_size
         side = self.c.window_size // self.c.patch_size // m             # of a window, in tokens
         window = windows(grid, side, m * m, pixels.device)
         rope = self.cos_sin(grid, pixels.device)
         full_blocks = self.c.fullatt_block_indexes
+        scored = max((i for i in full_blocks if i < len(self.blocks)), default=len(self.blocks) - 1)
         x = F.linear(pixels, self.patch_embed.proj.weight.flatten(1))   # (B, P, width)
         for i, block in enumerate(self.blocks):
             x, q, k = block(x, rope, None if i in full_blocks else window)
-            if i == max(full_blocks):
+            if i == scored:
                 last = q, k
 
         def saliency():
@@ -440,14 +440,15 @@ class TextConfig:
 
 @dataclass
 class VisionConfig:
-    depth: int
+    """transformers 4.49 leaves out its defaults, which are those of 7B and 32B."""
     hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    out_hidden_size: int
-    patch_size: int
-    window_size: int                    # pixels
-    fullatt_block_indexes: list         # every other block attends within windows
+    depth: int = 32
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    out_hidden_size: int = 3584
+    patch_size: int = 14
+    window_size: int = 112              # pixels
+    fullatt_block_indexes: tuple = (7, 15, 23, 31)      # every other block attends within windows
     spatial_merge_size: int = 2
     temporal_patch_size: int = 2
 
@@ -460,7 +461,7 @@ class Config:
     tie_word_embeddings: bool = False
     min_pixels: int = 56 * 56
     max_pixels: int = 1280 * 28 * 28
-    bounds_from: str = ""               # where they stand
+    bounds_from: str = field(default="", repr=False)    # where they stand
 
     @property
     def factor(self) -> int:
@@ -473,7 +474,8 @@ RULES = [("config.json", "text_config.hidden_act", "silu"),
          ("config.json", "hidden_act", "silu"),
          ("config.json", "text_config.use_sliding_window", False),
          ("config.json", "use_sliding_window", False),
-         ("config.json", "vision_config.hidden_act", "silu")]
+         ("config.json", "vision_config.hidden_act", "silu"),
+         ("config.json", "vision_config.rope_parameters.rope_theta", 1e4)]
 
 
 def read_config(path: Path, min_pixels: int | None = None,
@@ -500,9 +502,7 @@ SHAPES = {"qwen-7b": (Qwen, Config(
     TextConfig(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
                num_attention_heads=28, num_key_value_heads=4, rms_norm_eps=1e-6,
                mrope_section=(16, 24, 24)),
-    VisionConfig(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
-                 out_hidden_size=3584, patch_size=14, window_size=112,
-                 fullatt_block_indexes=[7, 15, 23, 31])))}
+    VisionConfig(hidden_size=1280)))}
 
 
 # ---- loading -------------------------------------------------------------------------------------

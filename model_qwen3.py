@@ -14,7 +14,7 @@ layer i + 1. A visual row that leaves before then takes its row of the plane wit
 """
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 
@@ -88,8 +88,7 @@ class Qwen3(nn.Module):
         c = self.config
         height, width = smart_resize(size[1], size[0], c.factor, c.min_pixels, c.max_pixels)
         grid = height // c.factor, width // c.factor
-        rows = len(ids) - 1 + grid[0] * grid[1]
-        checkpoint.check_length(rows, c)
+        rows = checkpoint.rows_of_prompt(ids, grid[0] * grid[1], c)
         return rows, start, grid
 
     @torch.inference_mode()
@@ -103,7 +102,7 @@ class Qwen3(nn.Module):
         features, planes, saliency = self.visual(pixels, grid)
         ids, start = self.tokenize(question)
         V = features.shape[1]                                                   # (1, V, C)
-        checkpoint.check_length(len(ids) - 1 + V, self.config)
+        checkpoint.rows_of_prompt(ids, V, self.config)
         ids = torch.tensor(ids[:start] + V * [ids[start]] + ids[start + 1:], device=device)
         x = embed(ids)                                                          # (T, C)
         x[start:start + V] = features[0]
@@ -341,10 +340,11 @@ class VisionTower(nn.Module):
         x = F.linear(pixels, proj.weight.flatten(1), proj.bias)         # (B, P, width)
         x = x + self.learned_positions(grid).to(x.dtype)
         planes = []
+        branches = list(self.c.deepstack_visual_indexes)
         for i, block in enumerate(self.blocks):
             x, q, k = block(x, rope)
-            if i in self.c.deepstack_visual_indexes:
-                merger = self.deepstack_merger_list[len(planes)]
+            if i in branches:
+                merger = self.deepstack_merger_list[branches.index(i)]
                 planes.append(merger(x))
         patches_per_token = self.c.spatial_merge_size ** 2
 
@@ -488,7 +488,7 @@ class Config:
     tie_word_embeddings: bool = False
     min_pixels: int = 56 * 56
     max_pixels: int = 1280 * 28 * 28
-    bounds_from: str = ""               # where they stand
+    bounds_from: str = field(default="", repr=False)    # where they stand
 
     @property
     def factor(self) -> int:
@@ -498,7 +498,8 @@ class Config:
 
 # what a folder may ask for, and what is implemented of it
 RULES = [("config.json", "text_config.hidden_act", "silu"),
-         ("config.json", "vision_config.hidden_act", "gelu_pytorch_tanh")]
+         ("config.json", "vision_config.hidden_act", "gelu_pytorch_tanh"),
+         ("config.json", "vision_config.rope_parameters.rope_theta", 1e4)]
 
 
 def read_config(path: Path, min_pixels: int | None = None,

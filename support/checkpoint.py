@@ -35,6 +35,12 @@ ROPE_RULES = [("config.json", f"{place}{rope}.{key}", "default", "mrope")
               for place in ("text_config.", "") for rope in ("rope_scaling", "rope_parameters")
               for key in ("rope_type", "type")]
 
+# what would decode another answer than the most likely tokens one by one
+GREEDY_RULES = [("generation_config.json", entry, value) for entry, value in {
+    "num_beams": 1, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0,
+    "bad_words_ids": [], "sequence_bias": {}, "suppress_tokens": [], "begin_suppress_tokens": [],
+    "forced_bos_token_id": [], "forced_eos_token_id": [], "guidance_scale": 1}.items()]
+
 
 def load_model(path: Path, device=None, dtype=None, **bounds):
     """Return the model of a folder, or of a name in the Hugging Face cache. bounds: min_pixels and
@@ -138,9 +144,12 @@ def how_to_download(path: Path) -> str:
 
 
 def is_there(file: Path) -> bool:
-    """Tell whether the file is there. Raises InputError if it is a link to one that is gone."""
+    """Tell whether the file is there. Raises InputError if it is a link to one that is gone, or
+    what Git LFS leaves in its place."""
     if file.is_symlink() and not file.exists():
         raise InputError(f"{file}: a link to a file that is gone{how_to_download(file.parent)}")
+    if file.is_file() and file.stat().st_size < 1000 and b"git-lfs" in file.read_bytes()[:50]:
+        raise InputError(f"{file}: a pointer of Git LFS, not the file; want: git lfs pull")
     return file.exists()
 
 
@@ -207,27 +216,43 @@ def check_template(path: Path, prompt: str):
                 break
     else:
         return
-    opens = re.findall(r"add_generation_prompt.*?%\}(.*?)\{%-?\s*endif", template, re.S)
-    opened = re.sub(r"\{\{-?|-?\}\}|['\"]", "", opens[-1] if opens else "")
-    opened = opened.replace("\\n", "\n").strip()
+    text = re.sub(r"\{\{-?(.*?)-?\}\}", strings_in, template, flags=re.S).replace("\\n", "\n")
     want = prompt.split("{question}")[1].removeprefix("<|im_end|>").strip()
+    opens = re.findall(r"if[^%]*add_generation_prompt[^%]*%\}(.*?)\{%", text, re.S)
+    opens = opens or re.findall(re.escape(want) + r"(?:\s*<\w+>)?", text)
+    opened = opens[-1].strip() if opens else ""
     if opened != want:
         raise InputError(f"{file}: the chat template opens an answer with {opened!r}, want "
                          f"{want!r}; no model that thinks first, and none with another template, "
                          "is implemented")
-    system = r"<\|im_start\|>system(?:\n|\\n)([^{<'\"]+)<\|im_end\|>"
-    turns = sorted(set(re.findall(system, template)))
-    our_turns = re.findall(system, prompt)
-    if turns != our_turns:
-        raise InputError(f"{file}: the chat template's system turn is {turns}, want {our_turns}")
+    system = r"<\|im_start\|>system\n([^{<+]+)<\|im_end\|>"
+    turns = set(re.findall(system, text))
+    our_turns = set(re.findall(system, prompt))
+    if turns - our_turns or any(turn not in text for turn in our_turns):
+        raise InputError(f"{file}: the chat template's system turn is {sorted(turns)}, want "
+                         f"{sorted(our_turns)}")
 
 
-def check_length(rows: int, config):
-    """Raise InputError if a prompt has more rows than the model has positions."""
+def strings_in(expression: re.Match) -> str:
+    """Return what a template's expression writes whatever its values are: the strings in it that
+    are no index."""
+    found = re.findall(r"""(?<!\[)(?:'([^']*)'|"([^"]*)")(?!\])""", expression[1])
+    return "".join(one or other for one, other in found)
+
+
+def rows_of_prompt(ids: list[int], V: int, config) -> int:
+    """Return the rows of a prompt whose image token stands for V visual ones. Raises InputError if
+    the model has fewer positions, or no embedding for one of the tokens."""
+    rows = len(ids) - 1 + V
     limit = config.text.max_position_embeddings
     if rows > limit:
         raise InputError(f"prompt has {rows} tokens, longer than the {limit} that the model takes "
                          "(max_position_embeddings or sliding_window in config.json)")
+    largest = max(token for token in ids if token != config.image_token)
+    if largest >= config.text.vocab_size:
+        raise InputError(f"prompt has a token of id {largest}, and the model's vocab_size is "
+                         f"{config.text.vocab_size}")
+    return rows
 
 
 # ---- config.json ---------------------------------------------------------------------------------
@@ -259,8 +284,8 @@ def check_not_quantized(path: Path, raw: dict):
     """Raise InputError, which names the method, if the weights are not plain numbers."""
     said = [(name, entries_of(path, name)[1])
             for name in ("quantize_config.json", "hf_quant_config.json")]
-    said += [("config.json", part.get("quantization_config"))
-             for part in (raw, *raw.values()) if isinstance(part, dict)]
+    said += [("config.json", part.get(name)) for part in (raw, *raw.values())
+             if isinstance(part, dict) for name in ("quantization_config", "quantization")]
     for name, how in said:
         if how:
             method = isinstance(how, dict) and how.get("quant_method") or str(how)[:60]
@@ -273,11 +298,11 @@ def read_sections(path: Path, kind: str, rules: list, prompt: str) -> tuple[dict
     Qwen2.5-VL has at the root) with the entries of the rotary embedding, and its vision_config.
     Raises InputError, also where the folder breaks a rule."""
     raw = read_entries(path, kind)
-    check_entries(path, rules + ROPE_RULES)
+    check_entries(path, rules + ROPE_RULES + GREEDY_RULES)
     check_template(path, prompt)
     file = path / "config.json"
     text = section(raw, "text_config", file) or raw
-    for name in ("rope_scaling", "rope_parameters"):
+    for name in ("rope_parameters", "rope_scaling"):                # the second counts
         rope = section(text, name, file)
         text = text | {key: value for key, value in rope.items() if value is not None}
     # transformers 4.57 says in text_config only that the output head is the embedding
@@ -352,7 +377,7 @@ def read_tokenizer(path: Path, image_token: int, image: str, first: str | None) 
     file = path / "tokenizer.json"
     if not is_there(file):
         raise InputError(f"{file}: not found; want the tokenizer as this one file, tokenizer.model "
-                         "or vocab.json and merges.txt are not read")
+                         f"or vocab.json and merges.txt are not read{how_to_download(path)}")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:                              # tokenizers raises a bare Exception
@@ -466,11 +491,10 @@ def read_shard(shard: Path, read):
 
 
 def files_read(path: Path) -> list[Path]:
-    """Return the files of a folder that decide what a model answers. Raises InputError."""
+    """Return the files of a folder that decide what a model answers, whole, as its configuration
+    does not. Raises InputError."""
     path = find_folder(path)
-    names = ("config.json", "tokenizer.json", "generation_config.json", "preprocessor_config.json",
-             "processor_config.json")
-    return [path / name for name in names if is_there(path / name)] + find_shards(path)
+    return [path / "tokenizer.json", *find_shards(path)]
 
 
 def find_shards(path: Path) -> list[Path]:
@@ -482,7 +506,7 @@ def find_shards(path: Path) -> list[Path]:
     if is_there(index):
         names = set(map(str, section(read_json(index), "weight_map", index).values()))
         shards = [path / name for name in sorted(names)]
-        absent = [shard.name for shard in shards if not shard.exists()]
+        absent = [shard.name for shard in shards if not is_there(shard)]
         if absent or not shards:
             raise InputError(f"{path}: {index.name} names {len(shards)} shards, missing: "
                              f"{', '.join(absent) or 'all'}{how_to_download(path)}")

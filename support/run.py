@@ -70,17 +70,18 @@ def settings_of(args, model, data: dict) -> dict:
     return settings | {
         "device": weight.device.type, "dtype": str(weight.dtype)[6:],
         "code": short_hash([(ROOT / file).read_text("utf-8") for file in code]),
-        "checkpoint": short_hash([(file.name, file.stat().st_size, hash_of_ends(file))
-                                  for file in checkpoint.files_read(args.model)]),
+        "checkpoint": short_hash([model.config, sorted(model.eos),
+                                  *map(hash_of_ends, checkpoint.files_read(args.model))]),
         "questions": questions}
 
 
 def hash_of_ends(file: Path) -> str:
-    """Hash a file's first and last MiB: reading 14 GB would take a minute."""
+    """Hash a file's size and its first and last MiB: reading 14 GB would take a minute."""
+    size = file.stat().st_size
     with file.open("rb") as f:
         beginning = f.read(2 ** 20)
-        f.seek(max(0, file.stat().st_size - 2 ** 20))
-        return hashlib.sha256(beginning + f.read()).hexdigest()
+        f.seek(max(0, size - 2 ** 20))
+        return hashlib.sha256(str(size).encode() + beginning + f.read()).hexdigest()
 
 
 def short_hash(parts: list) -> str:
@@ -425,6 +426,8 @@ def start(main):
     except (InputError, KeyboardInterrupt) as e:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(fail(program, str(e) or f"interrupted; {RESUMES}"))
+    except PermissionError as e:
+        sys.exit(fail(program, f"{e.filename}: cannot be read or written ({e.strerror})"))
     except BrokenPipeError:                             # ... | head: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)

@@ -176,6 +176,8 @@ def started(monkeypatch):
     (InputError("--layer x: want a number"), "--layer x: want a number"),
     (KeyboardInterrupt(), "interrupted; what was answered is kept"),
     (MemoryError(), "memory ran out (MemoryError)"),
+    (PermissionError(13, "Permission denied", "/root/hub"),
+     "/root/hub: cannot be read or written (Permission denied)"),
     (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB\nmore"),
      "memory ran out (CUDA out of memory. Tried to allocate 9 GiB)\n")])
 def test_what_ends_a_program_is_said_in_one_line(error, message, started, capsys):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import GOLDEN, copy_of, load, tensors_of
+from checkpoints import GOLDEN, ONE_OF_EACH, copy_of, load, tensors_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -29,6 +29,7 @@ def check_refused(folder, message):
 # ---- files ---------------------------------------------------------------------------------------
 
 INDEX = "model.safetensors.index.json"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 def first_shard(folder):
@@ -95,6 +96,8 @@ def removed(name):
     (removed("config.json"), "config.json: not found"),
     (written("tokenizer.json", "{}"), "not a valid tokenizer"),
     (removed("tokenizer.json"), "tokenizer.json: not found"),
+    (written("tokenizer.json", POINTER), "tokenizer.json: a pointer of Git LFS, not the file"),
+    (lambda folder: first_shard(folder).write_text(POINTER), "a pointer of Git LFS, not the file"),
     (written("generation_config.json", '{"eos_token_id": "</s>"}'), "want token ids"),
     (shutil.rmtree, "no such folder")])
 def test_a_broken_folder_is_refused(change, message, tmp_path):
@@ -110,6 +113,19 @@ QWEN = ("{% if loop.first %}<|im_start|>system\nYou are a helpful assistant.<|im
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 QWEN3 = "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}"
 THINKS = QWEN3.replace("assistant\\n", "assistant\\n<think>\\n")
+# of other tools, which write the same prompt
+SAME_PROMPT = {
+    "llava_tied": ["{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% else %}{{ 'x' }}{% endif %}",
+                   "{{ 'ASSISTANT:' if add_generation_prompt }}"],
+    "qwen_tied": [
+        "{%- set system_message = 'You are a helpful assistant.' -%}{{ '<|im_start|>system\\n' + "
+        "system_message + '<|im_end|>\\n' }}{%- for message in loop_messages -%}{{ '<|im_start|>"
+        "user\\n' + content + '<|im_end|>\\n<|im_start|>assistant\\n' }}{%- endfor -%}"],
+    "qwen3_tied": [
+        "{{- '<|im_start|>system\\n' }}{{- messages[0]['content'] }}{{- '<|im_end|>\\n' }}" + QWEN3,
+        QWEN3.replace("start|>assistant", "start|>' + 'assistant"),
+        QWEN3.replace("{%- endif", "{%- if enable_thinking is false %}{{- '<think>' }}{%- endif %}"
+                      "{%- endif")]}
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 YARN = {"type": "yarn", "factor": 4, "mrope_section": [1, 1, 2]}
 
@@ -148,6 +164,9 @@ REFUSED = {
         config("quantized: awq", "text", quantization_config={"quant_method": "awq"}),
         config("quantized: {'load_in_4bit", quantization_config={"load_in_4bit": True}),
         ({"quantize_config": {"bits": 4}}, "the weights are quantized"),
+        config("quantized: {'group_size'", quantization={"group_size": 64, "bits": 4}),
+        ({"generation_config": {"num_beams": 4}}, "num_beams is 4, want 1"),
+        ({"generation_config": {"suppress_tokens": [7]}}, "suppress_tokens is [7], want []"),
         ({"adapter_config": {"base_model_name_or_path": "a/b"}}, "an adapter of a/b"),
         ({"tokenizer_config": {"add_eos_token": True}}, "add_eos_token is True, want False"),
         config("want the converted folder, e.g. llava-hf", mm_vision_tower="openai/clip"),
@@ -168,6 +187,7 @@ REFUSED = {
         config("mrope_section is '112'", "text", rope_parameters={"mrope_section": "112"}),
         config("mrope_section is not there", "text", rope_scaling=None, rope_parameters=None),
         config("use_sliding_window is True", "text", use_sliding_window=True),
+        config("rope_theta is 5, want 10000.0", "vision", rope_parameters={"rope_theta": 5}),
         config("rms_norm_eps is not there", "text", rms_norm_eps=None),
         config("hidden_act is 'gelu'", "vision", hidden_act="gelu"),
         config("is True in config.json, 306 in", image_token_id=True),
@@ -183,11 +203,16 @@ REFUSED = {
         processor("size has height, width, want shortest_edge", size={"height": 28, "width": 28}),
         ({"processor_config": {"image_processor.do_normalize": False}},
          "processor_config.json: do_normalize is False"),
-        template("opens an answer with", THINKS, "tokenizer_config")],
+        template("opens an answer with", THINKS, "tokenizer_config"),
+        template("'<|im_start|>assistant\\n<think>'", "<|im_start|>assistant\\n<think>\\n"),
+        template("system turn is []", QWEN3)],
     "qwen3_tied": [
         config("head_dim is not there", "text", head_dim=None),
         processor("image_mean is [0.48", image_mean=None),              # transformers' default
+        config("rope_theta is 5, want 10000.0", "vision", rope_parameters={"rope_theta": 5}),
         template("<think>', want '<|im_start|>assistant'", THINKS),
+        template('system turn is ["You\'re one."]', QWEN.replace("You are a helpful assistant",
+                                                                 "You're one")),
         template("system turn is ['You are a help", QWEN)]}
 
 
@@ -216,6 +241,23 @@ def test_a_model_file_refuses_the_folder_of_another_model():
                     "preprocessor_config": {"image_mean": [0.1] * 3}})])
 def test_what_the_published_folders_ask_for_is_implemented(name, files, tmp_path):
     checkpoint.load_model(copy_of(name, tmp_path, **files), "cpu")
+
+
+@pytest.mark.parametrize("name, text", [
+    (name, text) for name, texts in SAME_PROMPT.items() for text in texts])
+def test_a_chat_template_that_writes_the_same_prompt_in_other_words_is_accepted(name, text,
+                                                                                tmp_path):
+    """LLaMA-Factory's has no add_generation_prompt, others an else, an expression or two strings.
+    """
+    copy_of(name, tmp_path, tokenizer_config={"chat_template": text})
+    checkpoint.read_config(tmp_path)
+
+
+def test_of_two_places_for_the_rotary_embedding_rope_scaling_counts(tmp_path):
+    """As in transformers 5."""
+    copy_of("llava_tied", tmp_path, config={"text_config.rope_scaling": {"rope_theta": 7.0},
+                                            "text_config.rope_parameters": {"rope_theta": 8.0}})
+    assert checkpoint.read_config(tmp_path).text.rope_theta == 7.0
 
 
 @pytest.mark.parametrize("name, adds_eos", [("llava_tied", False), ("qwen_tied", True)])
@@ -251,6 +293,16 @@ def test_a_prompt_past_the_last_position_or_a_window_is_refused(name, entries, t
                     lambda: model.begin(image, "??? ???")):
         with pytest.raises(InputError, match=rf"prompt has \d+ tokens, longer than the {rows} "):
             refuses()
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_token_that_has_no_embedding_is_refused(name, monkeypatch):
+    """A tokenizer with more tokens than the model: an IndexError, after the first answers."""
+    model = load(name)
+    monkeypatch.setattr(model.config.text, "vocab_size", 3)
+    for refuses in (model.shape, lambda size, text: model.begin(Image.new("RGB", size), text)):
+        with pytest.raises(InputError, match=r"a token of id \d+, and the model's vocab_size is 3"):
+            refuses((56, 56), "?")
 
 
 def test_a_window_larger_than_an_image_bounds_the_prompt(tmp_path):

@@ -1,6 +1,7 @@
 """What only Qwen2.5-VL has: images of every shape, windows, M-RoPE, a config in three forms."""
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,6 +142,33 @@ def test_published_and_resaved_configs_say_the_same(size, hub, tmp_path):
     assert (want.text.rope_theta, want.text.mrope_section) == (1e6, [16, 24, 24])
     assert (want.text.head_dim, want.factor) == (128, 28)
     assert want.tie_word_embeddings == (size == "3B")
+
+
+def test_what_transformers_4_49_leaves_out_of_a_config_has_its_defaults(tmp_path):
+    """A folder that it saved was refused: "depth is not there"."""
+    left = {"hidden_size", "spatial_patch_size", "tokens_per_second"}
+    vision = {name: value for name, value in HUB_7B["vision_config"].items() if name in left}
+    short = read_config(tmp_path, HUB_7B | {"vision_config": vision}).vision
+    assert list(short.fullatt_block_indexes) == [7, 15, 23, 31]
+    assert replace(short, fullatt_block_indexes=[7, 15, 23, 31]) == read_config(
+        tmp_path, HUB_7B).vision
+
+
+@pytest.mark.parametrize("indexes, scored", [([1, 9], 1), ([], 3)])
+def test_saliency_is_of_the_last_full_block_that_is_there_or_of_the_last(indexes, scored,
+                                                                         monkeypatch):
+    """A NameError where a small model kept the indexes of a large one."""
+    tower = load("qwen_tied").visual
+    seen = {}
+    for i, block in enumerate(tower.blocks):
+        block.register_forward_hook(lambda block, args, out, i=i: seen.update({i: out[1:]}))
+    monkeypatch.setattr(tower.c, "fullatt_block_indexes", indexes)
+    _, saliency = tower(torch.randn(1, 16, 1176), (2, 2))
+    q, k = seen[scored]
+    want = model_qwen.column_mean(q, k).unflatten(1, (-1, 4)).mean(2)
+    assert saliency().equal(want)
+    for block in tower.blocks:
+        block._forward_hooks.clear()
 
 
 @pytest.mark.parametrize("hub, size", [(HUB_3B, 7509245952), (HUB_7B, 16584333312)])

@@ -90,6 +90,17 @@ def test_patch_embedding_is_the_conv3d_of_the_checkpoint_with_its_bias():
 
 # ---- planes --------------------------------------------------------------------------------------
 
+def test_a_plane_has_the_merger_of_its_place_in_the_list(model):
+    """Indexes out of order took the mergers in the order of the blocks, in silence."""
+    pixels, grid = model.preprocess(images()["whole"])
+    _, want, _ = model.visual(pixels[None], grid)
+    tower = model_qwen3.load(GOLDEN / "qwen3_untied", "cpu").visual
+    tower.c.deepstack_visual_indexes.reverse()
+    tower.deepstack_merger_list = tower.deepstack_merger_list[::-1]
+    _, got, _ = tower(pixels[None], grid)
+    assert len(got) == 3 and all(map(torch.equal, got, want))
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_plane_is_added_after_its_layer_to_the_rows_of_its_own_tokens_alone(model, start, layer):
     """Two variants that keep different tokens, pruned just before the layer."""

@@ -380,20 +380,26 @@ def test_another_ratio_in_the_same_folder_is_refused_in_one_line(undisturbed):
 
 def test_what_lies_beside_weights_and_code_is_not_read(code, tmp_path):
     """A folder called notes.py and an unreadable training_args.bin were a traceback each, .DS_Store
-    another checkpoint."""
+    and an entry that LLaVA does not use another checkpoint."""
     model = tmp_path / "model"
     shutil.copytree(ROOT / "tiny" / "llava", model)
     before = settings("--model", model)
     (model / ".DS_Store").write_bytes(b"\0")
+    (model / "preprocessor_config.json").write_text('{"processor_class": "LlavaProcessor"}')
+    (model / "generation_config.json").write_text('{"transformers_version": "9"}')
     (model / "training_args.bin").symlink_to("nowhere")
     (model / "a.jsonl").mkdir()
     (code / "notes.py").mkdir()
     (code / "support" / "notes.py").mkdir()
     assert settings("--model", model) == before
     weights = model / "model.safetensors"
-    data = bytearray(weights.read_bytes())
+    whole = weights.read_bytes()
+    data = bytearray(whole)
     data[-1] ^= 1
     weights.write_bytes(data)
+    assert settings("--model", model)["checkpoint"] != before["checkpoint"]
+    (model / "generation_config.json").write_text('{"eos_token_id": 5}')
+    weights.write_bytes(whole)
     assert settings("--model", model)["checkpoint"] != before["checkpoint"]
 
 
