@@ -15,6 +15,7 @@ from PIL import Image
 from information import (check_grid, from_there_on, inputs_of_layers, measure_beforehand, per_token,
                          token_information)
 from support import flags, report
+from support.benchmarks import check_text
 from support.files import read_image, read_json
 from support.page import Measured, write_page
 from support.pictures import overlay
@@ -254,8 +255,9 @@ def parse_arguments(argv: list[str]):
     if args.page:
         check_page(args)
     args.layer = 8 if args.layer is None else args.layer
-    if args.question == "":
+    if args.question is not None and not args.question.strip():
         raise InputError("--question: is empty")
+    check_text(f"{args.question} {args.answer}", "--question and --answer")
     if args.image and not args.question:
         raise InputError("--image: needs --question, what to ask about it")
     if not args.question and not args.page:

@@ -82,9 +82,6 @@ def information_of_prompts(model, streams: dict[int, Stream], answers: list[str]
     assert target in TARGETS, f"target is {target!r}, want one of {TARGETS}"
     check_grid(streams[0])
     ids_of = [model.answer_ids(answer) for answer in answers]
-    if [] in ids_of:
-        empty = answers[ids_of.index([])]
-        raise InputError(f"information: the answer {empty!r} has no token; want one at least")
     if target == "first":
         ids_of = [ids[:1] for ids in ids_of]
     found = [None] * len(answers)
@@ -101,7 +98,7 @@ def information_of_prompts(model, streams: dict[int, Stream], answers: list[str]
         full_streams = inputs_of_layers(model, known, [*layers, model.num_layers])
         for p, number in zip(prompts, numbers):
             ids_at = [[token] for token in ids_of[p]]
-            if target == "each":
+            if target == "each" or not ids_at:          # an empty answer is its end
                 ids_at.append(sorted(model.eos))        # any of several ids may end an answer
             *of_prompt, last = [some_of(one, [number]) for one in full_streams.values()]
             values = terms_of_windows(model, of_prompt, last, ids_at, layers, window, mode,
@@ -504,12 +501,9 @@ def points(answer: str, question, unpruned: str) -> float:
 
 def answer_to_measure(question, whose: str, target: str, own: str) -> str:
     """Return the gold answer for this target or, if whose is "own", the model's own; where that is
-    empty, the gold one. Raises InputError where there is neither."""
-    if whose == "own" and own:
+    empty, the gold one if there is one."""
+    if whose == "own" and (own or not question.gold):
         return own
-    if not question.gold:
-        raise InputError("the model's own answer is empty, and the question has no gold one; there "
-                         "is nothing to measure")
     return question.gold_for(target)
 
 

@@ -66,7 +66,7 @@ class Llava(nn.Module):
         places = [i for i, token in enumerate(ids) if token == self.config.image_token]
         if len(places) != 1:
             raise InputError(f"prompt holds {len(places)} {IMAGE} tokens (id "
-                             f"{self.config.image_token}), want 1: {question!r}")
+                             f"{self.config.image_token}), want 1: {question[:100]!r}")
         return ids, places[0]
 
     def shape(self, size: tuple[int, int], question: str) -> tuple[int, int, tuple[int, int]]:

@@ -254,6 +254,7 @@ def main(argv: list[str]):
     data = {name: flags.sample(questions, args.limit, args.seed)
             for name, questions in flags.load_data(args, gold=False).items()}
     parts = {name: split(questions, args.seed) for name, questions in data.items()}
+    bench = dict(zip(data, flags.benchmarks_of(args)))
     groups = [[name] for name in data] if args.each else [list(data)]
     for names in groups:                                # before any work
         check_questions(sum(len(parts[name]["test"]) for name in names), names, args.loss,
@@ -277,7 +278,7 @@ def main(argv: list[str]):
                 records += collect(folder, name, parts[name][part], model, work, at_once)
             return records
         plan = {"benchmarks": names} | make_plan(model, ask, args.loss, args.confidence, args.cost)
-        print_plan(plan, args.model, args.bench if len(groups) == 1 else names[0])
+        print_plan(plan, args.model, ",".join(bench[name] for name in names))
         result["plans"].append(plan)
     if RANK == 0:
         picture = args.plot or out / "plan.svg"

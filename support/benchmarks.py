@@ -49,8 +49,10 @@ class Question:
 
     @property
     def identity(self) -> tuple:
-        """What decides an answer and its score, wherever the files lie."""
-        return self.id, Path(str(self.image)).name, self.prompt, self.gold, self.metric, self.group
+        """What decides an answer and its score, wherever the files lie together."""
+        file = getattr(self.image, "file", self.image)
+        place = os.path.relpath(file, self.source.parent), os.path.getsize(file)
+        return self.id, place, self.prompt, self.gold, self.metric, self.group
 
     @property
     def where(self) -> str:
@@ -291,7 +293,7 @@ def load_pope(paths: list[Path], style: str | None) -> list[Question]:
     questions = []
     for name, file_name in zip(POPE, files):
         file = find(paths, file_name) or present[0].with_name(file_name)
-        for entry in read_lines(file):
+        for entry in read_lines(file).values():
             with as_published(file, entry):
                 image = image_of.get(entry["image"], file.parent / entry["image"])
                 questions.append(Question(f"{name}/{entry['question_id']}", image,
@@ -342,8 +344,8 @@ def load_jsonl(file: Path) -> list[Question]:
     (ScienceQA's, the answer is a letter).
     """
     questions = []
-    for entry in read_lines(file):
-        entry = require({"answers": [], "metric": ""} | entry, file, id=(str, int), image=str,
+    for place, entry in read_lines(file).items():
+        entry = require({"answers": [], "metric": ""} | entry, place, id=(str, int), image=str,
                         question=str, answers=list, metric=str)
         questions.append(Question(str(entry["id"]), on_disk(file.parent / entry["image"]),
                                   entry["question"], entry["answers"], entry["metric"], file))
@@ -375,6 +377,9 @@ def load_tsv(file: Path) -> list[Question]:
         if not choices.keys() <= set(LETTERS):
             raise InputError(f"{file}: question {row['index']} has options {', '.join(choices)}; "
                              f"want at most {', '.join(LETTERS)}")
+        if choices and gold and gold[0] not in choices:
+            raise InputError(f"{file}: question {row['index']}: answer is {gold[0]!r}, want one of "
+                             f"{', '.join(choices)}")
         text = row["question"]
         metric = "choice" if choices else without_options
         if metric == "choice":
@@ -430,8 +435,8 @@ def parse_list(text: str) -> list[str]:
         with contextlib.suppress(ValueError, SyntaxError):
             found = ast.literal_eval(text)
     if isinstance(found, list):
-        return [str(part) for part in found]
-    return [text] if text else []
+        return [str(part).strip() for part in found]
+    return [text.strip()] if text.strip() else []
 
 
 def beside(file: Path, image: str) -> Path:
@@ -444,12 +449,19 @@ def beside(file: Path, image: str) -> Path:
 
 def metric_of(golds: list[list[str]], rows: list[dict]) -> str:
     """Return the metric of questions without options, by all their answers and categories."""
-    if golds and all(len(gold) == 10 for gold in golds):
+    if any(len(gold) == 10 for gold in golds):
         return "vqa"
-    if not golds or not all(gold in (["Yes"], ["No"], ["yes"], ["no"]) for gold in golds):
+    if not golds or not all(is_yes_or_no(gold) for gold in golds):
         return "exact"
-    files = {name for row in rows for name in row.get("category", "").split(",")}
+    files = {name for row in rows for name in category_of(row).split(",")}
     return "pope" if files <= set(POPE) else "yesno"
+
+
+def category_of(row: dict) -> str:
+    """Return a row's category; POPE's is "random,popular", whatever its spaces and case."""
+    category = row.get("category", "").strip()
+    files = category.lower().replace(" ", "")
+    return files if set(files.split(",")) <= set(POPE) else category
 
 
 def groups_of(rows: list[dict], metric: str, is_choice: bool) -> list[str]:
@@ -460,7 +472,7 @@ def groups_of(rows: list[dict], metric: str, is_choice: bool) -> list[str]:
                   for row in rows]
         has_total = set(groups) < {row["index"] for row in rows}
     else:
-        groups = [row.get("category", "") for row in rows]
+        groups = [category_of(row) for row in rows]
         has_total = metric == "pope" or metric == "yesno" and set(groups) <= set(SUBTASKS)
     return groups if has_total else [""] * len(rows)
 
@@ -506,7 +518,7 @@ def remarks(questions: list[Question]) -> list[str]:
     groups = {question.group for question in questions}
     if groups <= set(SUBTASKS):
         found.append(f"{len(groups)} of {len(SUBTASKS)} subtasks")
-    if questions[0].source.suffix == ".tsv":
+    if questions[0].source.suffix.lower() == ".tsv":
         metrics = sorted({question.metric or "none" for question in questions})
         found.append(f"asked in LLaVA's words and not VLMEvalKit's, metric {', '.join(metrics)}")
     headers = [read_header(image) for image in {question.image for question in questions}
@@ -563,7 +575,7 @@ def load_benchmark(name: str, data: Path, style: str | None = None,
             raise InputError(f"--prompt-style {style}: {name} has no OCR tokens; want the official "
                              "files, --bench textvqa")
         file = on_disk(Path(name))
-        questions = FILES[file.suffix](file)
+        questions = FILES[file.suffix.lower()](file)
     if not questions:
         what = f"--data {data}: no {name} found in it" if paths else f"{name}: no questions in it"
         raise InputError(what + unpacked(paths))
@@ -576,13 +588,26 @@ def load_benchmark(name: str, data: Path, style: str | None = None,
         if gold and not question.metric:
             raise InputError(f"{question.where} has no answers and no metric, so it cannot be "
                              "scored; plan.py and information.py --answers own need none")
-        text = " ".join([question.id, question.prompt, *question.gold])
-        if re.search("[\ud800-\udfff]", text):
-            raise InputError(f"{question.where}: holds half a character: {ascii(text)[:100]}")
+        for text in (question.id, question.prompt, *question.gold):
+            check_text(text, question.where)
+        if not (question.id.strip() and question.prompt.strip()):
+            raise InputError(f"{question.where} is {question.prompt[:100]!r}, want an id and a "
+                             "question")
         if not os.path.isfile(getattr(question.image, "file", question.image)):
             raise InputError(f"{question.where}: {question.image}: not found; want an image"
                              + unpacked(paths))
     return questions
+
+
+def check_text(text: str, where: str):
+    """Raise InputError if the text is not Unicode: half a pair of surrogates, or another encoding's
+    byte on the command line."""
+    if re.search("[\ud800-\udfff]", text):
+        raise InputError(f"{where}: holds half a character: {ascii(text)[:100]}")
+
+
+def is_yes_or_no(gold: list[str]) -> bool:
+    return [answer.lower() for answer in gold] in (["yes"], ["no"])
 
 
 def check_gold(question: Question):
@@ -590,9 +615,9 @@ def check_gold(question: Question):
     gold = question.gold
     if not all(isinstance(answer, str) for answer in gold):
         raise InputError(f"{question.where}: answers are {str(gold)[:100]}, want strings")
-    is_yes_or_no = [answer.lower() for answer in gold] in (["yes"], ["no"])
     fits = {"": not gold, "vqa": len(gold) == 10, "exact": gold and all(gold),
-            "yesno": is_yes_or_no, "pope": is_yes_or_no, "choice": gold in map(list, LETTERS)}
+            "yesno": is_yes_or_no(gold), "pope": is_yes_or_no(gold),
+            "choice": gold in map(list, LETTERS)}
     if not fits.get(question.metric):
         raise InputError(f"{question.where}: answers are {str(gold)[:100]}, metric is "
                          f"{question.metric!r}; want ten for vqa, one or more for exact, yes or no "
@@ -622,7 +647,7 @@ def paths_under(root: Path) -> list[Path]:
         raise InputError(f"--data {error.filename}: cannot be read ({error.strerror})")
     paths = []
     seen = set()
-    for folder, inner, names in os.walk(root, followlinks=True, onerror=unreadable):
+    for folder, inner, names in os.walk(on_disk(root), followlinks=True, onerror=unreadable):
         real = os.path.realpath(folder)
         inner[:] = [name for name in inner if not name.startswith((".", "__MACOSX"))]
         if real in seen:                                # a loop of links

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from support.files import read_json, read_text
+from support.files import on_disk, read_json, read_text
 from support.image import CLIP_MEAN, CLIP_STD
 from tokprune import InputError
 
@@ -101,7 +101,7 @@ def find_folder(path: Path) -> Path:
     """Return the folder itself, or its snapshot in the Hugging Face cache: for a name such as
     llava-hf/llava-1.5-7b-hf that is no folder here, and for a path to models--org--name. Nothing
     is downloaded. Raises InputError."""
-    path = Path(path)
+    path = on_disk(Path(path))
     repository = path
     where = "; want a checkpoint folder with config.json and *.safetensors"
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):

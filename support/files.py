@@ -51,10 +51,12 @@ def read_json(file: Path) -> dict:
     return parse_json(read_text(file), f"{file}:")
 
 
-def read_lines(file: Path) -> list[dict]:
-    """Return the objects of a file of JSON lines. Raises InputError, which names the line."""
-    return [parse_json(line, f"{file}: line {number}")
-            for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
+def read_lines(file: Path) -> dict[str, dict]:
+    """Return the objects of a file of JSON lines, by their place: "FILE: line 3". Raises
+    InputError."""
+    lines = {f"{file}: line {number}": line
+             for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip()}
+    return {place: parse_json(line, place) for place, line in lines.items()}
 
 
 def parse_json(text: str, what: str) -> dict:
@@ -67,16 +69,21 @@ def parse_json(text: str, what: str) -> dict:
     return found
 
 
-def require(entry: dict, file: Path, **fields) -> dict:
-    """Return the entry if it has these fields, of these types. Raises InputError.
+KINDS = {str: "text", int: "a whole number", list: "a list"}
+
+
+def require(entry: dict, place, **fields) -> dict:
+    """Return the entry if it has these fields, of these types. Raises InputError, which names the
+    place.
 
     fields: a type, or a tuple of types, for each name. true and false are not numbers.
     """
     for name, kind in fields.items():
         value = entry.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise InputError(f"{file}: {json.dumps(entry)[:100]}: {name} is "
-                             f"{json.dumps(value)[:40]}; want {', '.join(fields)}")
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            raise InputError(f"{place}: {name} is {json.dumps(value)[:40]}, want "
+                             f"{' or '.join(KINDS[kind] for kind in kinds)}")
     return entry
 
 
@@ -95,6 +102,9 @@ def write_text(file: Path, text: str):
 
 # ---- TSVs ----------------------------------------------------------------------------------------
 
+END = "\x04"                            # behind the last line: a quote that is open takes it in
+
+
 def read_tsv(file: Path) -> Iterator[tuple[int, int, dict[str, str]]]:
     """Yield each row of a TSV, {column: text}, behind its place in the file: first byte, bytes.
 
@@ -104,11 +114,13 @@ def read_tsv(file: Path) -> Iterator[tuple[int, int, dict[str, str]]]:
     start = 0
     try:
         with file.open("rb") as f:
-            lines = (line.decode("utf-8-sig") for line in f)
-            head = split_row(next(lines, ""), lines)
+            lines = itertools.chain((line.decode("utf-8-sig") for line in f), [END])
+            head = split_row(next(lines), lines)
             start = f.tell()
-            for line in lines:
+            for line in iter(lambda: next(lines), END):
                 cells = split_row(line, lines)
+                if cells[-1].endswith(END):
+                    raise InputError(f"{file}: the row at byte {start}: a quote is never closed")
                 if len(cells) == len(head):
                     yield start, f.tell() - start, dict(zip(head, cells))
                 elif line.strip():
@@ -164,7 +176,9 @@ class Header(NamedTuple):
 def read_header(image: Path | Published) -> Header:
     """Return what an image's header says; its pixels are not decoded. Raises InputError."""
     with opened(image) as found:
-        lies_on_its_side = orientation(found) >= 5 and not isinstance(image, Published)
+        # Pillow turns a TIFF by itself
+        turns = found.format != "TIFF" and not isinstance(image, Published)
+        lies_on_its_side = turns and orientation(found) >= 5
         size = found.size[::-1] if lies_on_its_side else found.size
         return Header(size, orientation(found) > 1, found.has_transparency_data)
 
@@ -173,8 +187,9 @@ def read_image(image: Path | Published) -> Image.Image:
     """Return the whole image, decoded: one of a user's own as a viewer shows it, one of a published
     benchmark as its scripts read it. Raises InputError, but MemoryError where memory runs out."""
     with opened(image) as found:
+        turned = orientation(found) > 1                 # asked of the header, as `read_header` does
         found.load()
-        return found if isinstance(image, Published) else as_shown(found)
+        return found if isinstance(image, Published) else as_shown(found, turned)
 
 
 MOST_MEMORY = 2 ** 31                   # bytes of an image, padded to a square as LLaVA does
@@ -208,11 +223,14 @@ def orientation(image: Image.Image) -> int:
     return 1
 
 
-def as_shown(image: Image.Image) -> Image.Image:
-    """Return the image as a viewer shows it: turned, 16-bit grey scaled, laid on white."""
-    if orientation(image) > 1:
+def as_shown(image: Image.Image, turned: bool) -> Image.Image:
+    """Return the image as a viewer shows it: turned, 16-bit grey scaled, laid on white. Raises
+    ValueError where it is not known how white is stored."""
+    if turned:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                          # convert("RGB") would clip at 255
-        grey = np.asarray(image) / 257                      # 65535 is white
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if image.mode[0] in "IF":                               # convert("RGB") would clip at 255
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.max() > 65535:
+            raise ValueError("32 bits a pixel; want 8 or 16 bits a channel")
+        image = Image.fromarray((grey / 257).round().clip(0).astype(np.uint8))  # 65535 is white
     return on_white(image) if image.has_transparency_data else image

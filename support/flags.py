@@ -249,8 +249,8 @@ def load_model(args):
 def load_data(args, gold: bool = True) -> dict[str, list[Question]]:
     """Return the questions of each benchmark of --bench. gold: they need gold answers."""
     data = {}
-    for name in args.bench.split(","):
-        if name not in BENCHMARKS and not name.endswith(tuple(FILES)):
+    for name in benchmarks_of(args):
+        if name not in BENCHMARKS and Path(name).suffix.lower() not in FILES:
             raise InputError(f"--bench: unknown benchmark {name!r}; want one of "
                              f"{', '.join(BENCHMARKS)} or a .jsonl or .tsv file")
         short = Path(name).name
@@ -258,6 +258,11 @@ def load_data(args, gold: bool = True) -> dict[str, list[Question]]:
             raise InputError(f"--bench: {args.bench}: two of one name; want each once")
         data[short] = load_benchmark(name, args.data, args.prompt_style, gold=gold)
     return data
+
+
+def benchmarks_of(args) -> list[str]:
+    """Return the names in --bench; a file may have a comma in its own."""
+    return [args.bench] if Path(args.bench).is_file() else args.bench.split(",")
 
 
 def sample(questions: list[Question], limit: int | None, seed: int) -> list[Question]:

@@ -2,6 +2,7 @@
 95 % intervals; no method but none and random is known by name."""
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -398,10 +399,11 @@ def print_promise(plan: dict, name: str, model: Path, bench: str):
         print(f"{name}: no method is shown to be worth it: all that is saved is past the horizon.")
     if model.is_relative_to(Path.cwd()):
         model = model.relative_to(Path.cwd())
-    print(f"""
-    python eval.py --model {model} --bench {bench} --schedule "{row['schedule']}"
-    python bench.py --model {model} --schedule "{row['schedule']}"
-""")
+    flags = f"--model {shlex.quote(str(model))} --schedule \"{row['schedule']}\""
+    print()
+    if plan["unpruned"] is not None:                    # eval.py wants gold answers
+        print(f"    python eval.py {flags} --bench {shlex.quote(bench)}")
+    print(f"    python bench.py {flags}\n")
 
 
 def print_nothing(plan: dict, name: str):

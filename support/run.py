@@ -97,7 +97,8 @@ def open_folder(args, settings: dict) -> Path:
     out = args.out
     if out is None:
         program = Path(args.command.split()[0]).stem
-        out = Path("runs") / f"{program}-{args.model.name}-{short_hash([settings])[:8]}"
+        model = args.model.name.encode()[:100].decode(errors="ignore")
+        out = Path("runs") / f"{program}-{model}-{short_hash([settings])[:8]}"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -112,7 +113,9 @@ def open_folder(args, settings: dict) -> Path:
         if differing:
             raise InputError(f"--out {out}: holds a run with other settings: "
                              + ", ".join(differing))
-    barrier()                                           # every process has looked
+    if any(other != settings for other in gather(settings)):    # and every process has looked
+        raise InputError("the processes of this run have different settings; want the same flags, "
+                         "model, questions and code on every machine")
     if RANK == 0:
         write_text(file, json.dumps(settings, indent=1) + "\n")
     barrier()
@@ -416,21 +419,25 @@ def start(main):
     used, a signal, or memory that ran out."""
     program = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, stop)                 # torchrun sends it when a process has died
+    if RANK or sys.stdout is None:                      # one process speaks for all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or sys.stdout               # None: closed
     for stream in (sys.stdout, sys.stderr):             # a console that lacks a letter gets \u...
         stream.reconfigure(errors="backslashreplace")
-    if RANK:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")    # one process speaks for all
     try:
+        barrier()               # met now, the others notice if this one ends before it has begun
         main(sys.argv[1:])
         sys.stdout.flush()
     except (InputError, KeyboardInterrupt) as e:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(fail(program, str(e) or f"interrupted; {RESUMES}"))
-    except PermissionError as e:
-        sys.exit(fail(program, f"{e.filename}: cannot be read or written ({e.strerror})"))
-    except BrokenPipeError:                             # ... | head: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    except OSError as e:
+        if e.filename is None:                          # what is printed; it would be tried again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e, BrokenPipeError):              # ... | head: nobody reads on
+            sys.exit(128 + signal.SIGPIPE)
+        where = e.filename or "what is printed"
+        sys.exit(fail(program, f"{where}: cannot be read or written ({e.strerror})"))
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise

@@ -1,5 +1,6 @@
 """Bad input is one line that names it, in every program; and what a shell does to a program."""
 import io
+import json
 import os
 import re
 import shlex
@@ -86,7 +87,8 @@ BAD_INPUT = [
     ("demo.py --method best", "unknown method 'best'"),
     ("demo.py --layer 0 --method fastv", "fastv reads the layer before"),
     ("demo.py --layer 99", "layer 99 is out of range"),
-    ("demo.py --question ''", "--question: is empty"),
+    ("demo.py --question ' '", "--question: is empty"),
+    ("demo.py --question caf\udce9", "--question and --answer: holds half a character: 'caf"),
     ("bench.py --rounds 0", "--rounds: 0"),
     ("plan.py --loss 1", "--loss: 1, want more than 0 and less than 1"),
 ]
@@ -144,6 +146,18 @@ def test_a_device_gets_the_number_that_torch_wants(monkeypatch):
     assert chosen == ["cuda:0", "cuda:0", "cuda:0", "cuda:1", "cuda:5"]
     with pytest.raises(InputError, match="all 8 processes would share this one card"):
         flags.usable_device("cuda:1")
+
+
+@pytest.mark.parametrize("names, want", [
+    ("one.jsonl,UP.JSONL", ["one.jsonl", "UP.JSONL"]), ("a, b.jsonl", ["a, b.jsonl"])])
+def test_a_file_of_questions_may_have_a_comma_or_capitals_in_its_name(names, want, tmp_path,
+                                                                       monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in want:
+        entry = {"id": "1", "image": str(demo.PICTURE), "question": "?"}
+        (tmp_path / name).write_text(json.dumps(entry) + "\n")
+    args = evaluation.parse_arguments(["--bench", names])
+    assert list(flags.load_data(args, gold=False)) == want
 
 
 def test_questions_are_drawn_by_seed_in_whole_images():
@@ -218,3 +232,8 @@ def test_a_table_prints_on_such_a_console_and_a_pipe_may_close(started, tmp_path
     os.close(reader)
     monkeypatch.setattr(sys, "stdout", open(writer, "w"))
     assert started(evaluation.main, *argv) == 128 + 13
+    monkeypatch.setattr(sys, "stdout", None)            # closed: >&-
+    assert started(evaluation.main, *argv) == 0
+    if os.path.exists("/dev/full"):
+        monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+        assert started(evaluation.main, *argv) == 2

@@ -1,16 +1,20 @@
 """A user's own picture is read as a viewer shows it, a benchmark's as its scripts read it."""
 import re
+import struct
 import unicodedata
 import warnings
+import zlib
 
 import numpy as np
 import pytest
+from checkpoints import copy_of
 from official import lines, official_files
 from PIL import Image
 
 import eval as evaluation
 import information
 from support.benchmarks import load_benchmark, remarks
+from support.checkpoint import find_folder
 from support.files import Published, read_header, read_image
 from support.run import ROOT
 from tokprune import InputError
@@ -40,6 +44,24 @@ def test_a_picture_of_ones_own_is_turned_as_exif_says(format, tmp_path):
         assert read_header(Published(file)).size == stored.shape[::-1]
 
 
+def test_where_exif_stands_is_the_same_for_the_header_and_the_pixels(tmp_path):
+    """Pillow turns a TIFF by itself, and finds what lies behind a PNG's pixels only with them: two
+    prompts said to be of one shape were not."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(np.ascontiguousarray(STORED[6]))
+    stored.save(tmp_path / "a.tif", exif=exif, compression="tiff_lzw")
+    assert (pixels(tmp_path / "a.tif") == UPRIGHT).all()
+    assert read_header(tmp_path / "a.tif").size == UPRIGHT.shape[1::-1]
+    Image.fromarray(UPRIGHT).save(tmp_path / "b.png")
+    data = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(data)) + b"eXIf" + data
+    chunk += struct.pack(">I", zlib.crc32(b"eXIf" + data))
+    written = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(written[:-12] + chunk + written[-12:])
+    assert pixels(tmp_path / "b.png").shape[1::-1] == read_header(tmp_path / "b.png").size
+
+
 def test_broken_exif_turns_nothing(tmp_path):
     Image.fromarray(UPRIGHT).save(tmp_path / "a.png", exif=b"Exif\0\0what is this")
     assert (pixels(tmp_path / "a.png") == UPRIGHT).all()
@@ -51,6 +73,14 @@ def test_16_bit_grey_is_scaled(name, tmp_path):
     grey = np.array([[0, 257, 32896, 65535]], np.uint16)
     Image.fromarray(grey).save(tmp_path / name)
     assert pixels(tmp_path / name).tolist() == [[0, 1, 128, 255]]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_grey_of_32_bits_is_refused(kind, tmp_path):
+    """A depth map from 0 to 1 was black all over."""
+    Image.fromarray(np.array([[0, 2 ** 20]], kind)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"a.tif: .*\(32 bits a pixel; want 8 or 16 "):
+        read_image(tmp_path / "a.tif")
 
 
 def transparent(mode: str) -> Image.Image:
@@ -110,6 +140,10 @@ def test_a_file_is_found_whose_name_is_stored_in_the_other_unicode_form(stored, 
     [question] = load_benchmark(unicodedata.normalize(asked, str(bench)), tmp_path)
     assert read_image(question.image).size == (2, 3) and question.image == file
     assert read_image(tmp_path / unicodedata.normalize(asked, name)).size == (2, 3)
+    official_files(file.parent)
+    assert load_benchmark("mme", tmp_path / unicodedata.normalize(asked, name[:8]))
+    copy_of("llava_tied", file.parent)
+    assert find_folder(tmp_path / unicodedata.normalize(asked, name[:8])) == file.parent
 
 
 @pytest.mark.parametrize("change, message", [

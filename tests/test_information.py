@@ -163,9 +163,18 @@ def test_tokens_of_a_window_share_its_information():
     assert tokens == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4]]
 
 
-def test_an_answer_without_a_token_and_tokens_without_a_grid_are_refused(model, start):
-    with pytest.raises(InputError, match="the answer '' has no token"):
-        token_information(model, start, "", [1])
+@pytest.mark.parametrize("target", information.TARGETS)
+def test_the_information_of_an_empty_answer_is_that_of_its_end(model, start, target, monkeypatch):
+    """Of ten thousand own answers one is empty: it ended the run."""
+    monkeypatch.setattr(model, "eos", {40, 90})
+    rows, cols = start.grid
+    values = token_information(model, start, "", [1], target=target)
+    first_window = [row * cols + col for row in range(2) for col in range(2)]
+    want = naive(model, start, 1, first_window, []) - naive(model, start, 1, [], [])
+    torch.testing.assert_close(values[0, 0, 0].view(1), want, rtol=0, atol=1e-6)
+
+
+def test_a_stream_at_another_layer_and_tokens_without_a_grid_are_refused(model, start):
     with pytest.raises(AssertionError, match="the stream is at layer 1, want 0"):
         token_information(model, model.run(start, stop=1), "Y", [1])
     ragged = tokprune.replace(start, N=start.N + 2)
@@ -231,8 +240,7 @@ def test_the_models_own_answer_is_measured_if_it_gives_one():
     assert measured(question, "own", "first", "no") == "no"
     assert measured(unknown, "own", "first", "no") == "no"
     assert measured(question, "own", "first", "") == "1000"
-    with pytest.raises(InputError, match="the model's own answer is empty"):
-        measured(unknown, "own", "first", "")
+    assert measured(unknown, "own", "first", "") == ""
 
 
 # ---- the horizon ---------------------------------------------------------------------------------

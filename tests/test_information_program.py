@@ -159,7 +159,10 @@ def test_a_process_that_is_not_the_first_writes_no_result(measured, tmp_path, mo
         shutil.copy(folder / name, tmp_path)
     monkeypatch.setattr(information, "RANK", 1)
     monkeypatch.setattr(support_run, "RANK", 1)
-    monkeypatch.setattr(support_run, "gather", lambda value: [type(value)(), value])
+
+    def gather(value):                                  # the first one has the same settings only
+        return [value if "code" in (value or ()) else type(value)(), value]
+    monkeypatch.setattr(support_run, "gather", gather)
     information.main([*ARGV, "--out", str(tmp_path)])
     assert "result:" not in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "answers.jsonl"}

@@ -111,7 +111,7 @@ BAD = ": not as published: "
     (edit(TEXT, "Is it?\tYes\nIs it not?\tPerhaps\n"),
      "question OCR/0001/1: answers are ['Perhaps'], metric is 'yesno'; want"),
     (edit(TEXT, "Is it \xe9?\tYes\nIs it not?\tNo\n"), "0001.txt: not UTF-8"),
-    (edit(VQA, {"data": 5}), '{"data": 5}: data is 5; want data'),
+    (edit(VQA, {"data": 5}), 'val.json: data is 5, want a list'),
     (edit(VQA, {"data": ["x"]}), 'val.json' + BAD + '"x" (TypeError'),
     (edit(VQA, '{"data": ' + "[" * 100000), "not valid JSON"),
     (edit(VQA, {"data": [ENTRY | {"answers": ["a"]}]}), "question 7: answers are ['a'], metric is "
@@ -156,6 +156,22 @@ def test_a_file_of_your_own_is_read_and_scored(tmp_path):
     assert [score(answer, q)[1] for answer, q in zip(answers, questions)] == [1, 0.3, 1, 1]
 
 
+def test_a_question_is_another_one_if_its_image_is(tmp_path):
+    """A run that resumed kept the answers about train/1.jpg for those about test/1.jpg."""
+    def identity(folder, image):
+        (folder / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 30)).save(folder / image)
+        [question] = load(folder, OWN | {"image": image})
+        return question.identity
+    here = identity(tmp_path / "a", "1.jpg")
+    assert identity(tmp_path / "b", "1.jpg") == here
+    assert identity(tmp_path / "a", "test/1.jpg") != here
+    image = tmp_path / "a" / "1.jpg"
+    [question] = load(tmp_path / "a", OWN)
+    image.write_bytes(image.read_bytes() + b"more")
+    assert question.identity != here
+
+
 def test_a_file_that_is_only_asked_needs_no_answers(tmp_path):
     first, second = load(tmp_path, BARE, OWN, gold=False)
     assert (first.gold, first.metric) == ([], "")
@@ -166,9 +182,10 @@ def test_a_file_that_is_only_asked_needs_no_answers(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"image": "2.jpg"}, ": not found; want an image"), ({"image": "."}, ": not found"),
-    ({"answers": "Yes"}, "want id, image, question, answers, metric"),
+    ({"answers": "Yes"}, "own.jsonl: line 3: answers is \"Yes\", want a list"),
     ({"answers": None}, "answers is null"), ({"metric": 5}, "metric is 5"),
-    ({"id": True}, "id is true"), ({"id": "y"}, "question y is a duplicate"),
+    ({"id": True}, "id is true, want text or a whole number"),
+    ({"question": " "}, "question z is ' '"), ({"id": "y"}, "question y is a duplicate"),
     ({"answers": [5]}, "answers are [5], want strings"), ({"metric": ""}, "metric is ''"),
     ({"metric": "rouge"}, "metric is 'rouge'; want ten for vqa, one or more for exact"),
     ({"metric": "vqa"}, "want ten for vqa"), ({"answers": ["yes", "no"]}, "yes or no for yesno"),

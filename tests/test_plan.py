@@ -203,10 +203,14 @@ def test_the_horizon_may_change_as_many_answers_as_the_loss():
 def test_where_only_the_horizon_is_worth_it_that_is_said(capsys):
     found = plan.make_plan(MODEL, planted(horizon_at_17), 0.1, 0.95)
     assert found["chosen"]["schedule"] == "none@17"
-    report.print_plan(found | {"benchmarks": ["mme"]}, Path("tiny/llava"), "mme")
+    found |= {"benchmarks": ["a b.tsv"]}
+    report.print_plan(found, Path("tiny/llava"), "my data/a b.tsv")
     printed = capsys.readouterr().out
     assert "no method is shown to be worth it" in printed
-    assert 'python eval.py --model tiny/llava --bench mme --schedule "none@17"' in printed
+    flags = '--model tiny/llava --schedule "none@17"'
+    assert f"\n\n    python bench.py {flags}\n\n" in printed and "eval.py" not in printed
+    report.print_plan(found | {"unpruned": 90.0}, Path("tiny/llava"), "my data/a b.tsv")
+    assert f"    python eval.py {flags} --bench 'my data/a b.tsv'\n" in capsys.readouterr().out
 
 
 def test_what_fits_the_searched_questions_by_luck_is_not_promised():
@@ -295,6 +299,7 @@ def test_the_program_plans_resumes_and_needs_no_gold_answer(run, tmp_path, small
     assert found["unpruned"] is None and found["benchmarks"] == ["mine.jsonl"]
     assert found["chosen"] and found["chosen"]["test"][1] == 5
     assert "With a confidence of 95%" in printed and "python bench.py" in printed
+    assert "python eval.py" not in printed              # which wants gold answers
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("out/*/answers.jsonl")}
     assert len(before) == 5 and (tmp_path / "out" / "plan.svg").exists()
     _, again = run(plan.main, *flags, out=tmp_path / "out")

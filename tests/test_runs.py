@@ -159,6 +159,20 @@ def test_two_machines_without_a_common_disk_find_the_same_as_one(tmp_path, undis
     assert len(asked) == len(undisturbed.records) - len(own)
 
 
+@pytest.mark.parametrize("more, said", [
+    (["--positions", "compact"], "the processes of this run have different settings"),
+    (["--layer", "x"], DIED)])
+def test_processes_that_differ_or_never_begin_end_the_run(more, said, tmp_path):
+    """Answers of two settings were mixed in one table; a mistake on one machine left the other
+    waiting without a word."""
+    def other_flags():
+        if os.environ["RANK"] == "1":
+            sys.argv += more
+    first, second = start_two([tmp_path / "0", tmp_path / "1"], other_flags)
+    assert (first.exitcode, second.exitcode) == (2, 2)
+    assert said in first.stderr.read_text() and first.stdout.read_text() == ""
+
+
 # ---- what ends a run -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sent, code, want", [
@@ -361,6 +375,8 @@ def test_a_run_has_another_folder_only_if_its_answers_may_differ(code):
     args = evaluation.parse_arguments(argv)
     folder = support_run.open_folder(args, before)
     assert re.fullmatch("runs/eval-llava-[0-9a-f]{8}", str(folder))
+    long = SimpleNamespace(out=None, model=ROOT / ("\u732b" * 85), command="eval.py")
+    assert support_run.open_folder(long, before).name.startswith("eval-" + "\u732b" * 33 + "-")
     others = {"support/report.py", "demo.py", "model_qwen.py"}
     for name in (*others, "tokprune.py", "eval.py", "model_llava.py", "support/benchmarks.py"):
         decides = name not in others

@@ -145,11 +145,40 @@ def test_a_row_without_an_image_is_no_question_and_unscored_ones_need_no_answer(
 ROW = {"index": 0, "image": BLUE, "question": "?", "A": "x", "B": "y", "answer": "A"}
 
 
+def test_a_quote_that_is_never_closed_takes_no_other_rows_in(tmp_path):
+    """Of three questions one was left, in silence."""
+    file = tmp_path / "a.tsv"
+    rows = [f"{i}\t?\t{BLUE}\t{answer}\n" for i, answer in enumerate(['"a cat"', '"cat', "dog"])]
+    file.write_text("index\tquestion\timage\tanswer\n" + "".join(rows))
+    with pytest.raises(InputError, match=r"a.tsv: the row at byte \d+: a quote is never closed"):
+        load_benchmark(str(file), tmp_path)
+
+
+@pytest.mark.parametrize("answers, category, metric, group", [
+    (["YES", "no"], "code_reasoning", "yesno", "code_reasoning"),
+    (["Yes ", "No"], "Random, popular", "pope", "random,popular"),
+    (["Yes", "red"], "", "exact", "")])
+def test_spelling_changes_no_metric(answers, category, metric, group, tmp_path):
+    """One capital made MME's and POPE's answers be compared as text, and hid their totals."""
+    rows = [{"index": i, "question": "?", "image": BLUE, "answer": answer, "category": category}
+            for i, answer in enumerate(answers)]
+    for question in load(tmp_path, "a", *rows):
+        assert (question.metric, question.group) == (metric, group)
+
+
+def test_one_row_of_nine_answers_among_tens_is_named(tmp_path):
+    """The whole file was compared as text."""
+    rows = [{"index": i, "question": "?", "image": BLUE, "answer": str(["a"] * n)}
+            for i, n in enumerate([10, 9])]
+    with pytest.raises(InputError, match="question 1: answers are .* want ten for vqa"):
+        load(tmp_path, "a", *rows)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"image": "7"}, "question 1: image is '7', which is no base64 and no row with an image"),
     ({"image": str([RED, BLUE])}, "question 1 has 2 images; want one"),
     ({"image": "A" * 80}, "cannot be read as an image"),
-    ({"answer": "x"}, "question 1: answers are ['x'], metric is 'choice'"),
+    ({"answer": "x"}, "question 1: answer is 'x', want one of A, B"),
     ({"index": 0}, "question 0 is a duplicate"),
     ({"B": "", "F": "z"}, "question 1 has options A, F; want at most A, B")])
 def test_rows_that_are_not_right_are_named(change, message, tmp_path):
