@@ -345,8 +345,8 @@ def load_jsonl(file: Path) -> list[Question]:
     """
     questions = []
     for place, entry in read_lines(file).items():
-        entry = require({"answers": [], "metric": ""} | entry, place, id=(str, int), image=str,
-                        question=str, answers=list, metric=str)
+        entry = require({"answers": [], "metric": ""} | entry, place, id="text or a whole number",
+                        image="text", question="text", answers="a list", metric="text")
         questions.append(Question(str(entry["id"]), on_disk(file.parent / entry["image"]),
                                   entry["question"], entry["answers"], entry["metric"], file))
     return questions
@@ -588,8 +588,7 @@ def load_benchmark(name: str, data: Path, style: str | None = None,
         if gold and not question.metric:
             raise InputError(f"{question.where} has no answers and no metric, so it cannot be "
                              "scored; plan.py and information.py --answers own need none")
-        for text in (question.id, question.prompt, *question.gold):
-            check_text(text, question.where)
+        check_text(" ".join([question.id, question.prompt, *question.gold]), question.where)
         if not (question.id.strip() and question.prompt.strip()):
             raise InputError(f"{question.where} is {question.prompt[:100]!r}, want an id and a "
                              "question")
@@ -637,7 +636,7 @@ def as_published(file: Path, entry):
 
 def read_list(file: Path, key: str) -> list:
     """Return the list that a JSON file holds under that key. Raises InputError."""
-    return require(read_json(file), file, **{key: list})[key]
+    return require(read_json(file), file, **{key: "a list"})[key]
 
 
 def paths_under(root: Path) -> list[Path]:

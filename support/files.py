@@ -69,21 +69,18 @@ def parse_json(text: str, what: str) -> dict:
     return found
 
 
-KINDS = {str: "text", int: "a whole number", list: "a list"}
+KINDS = {"text": str, "text or a whole number": (str, int), "a list": list}
 
 
 def require(entry: dict, place, **fields) -> dict:
-    """Return the entry if it has these fields, of these types. Raises InputError, which names the
-    place.
+    """Return the entry if it has these fields. Raises InputError, which names the place.
 
-    fields: a type, or a tuple of types, for each name. true and false are not numbers.
+    fields: one of KINDS for each name. true and false are not numbers.
     """
     for name, kind in fields.items():
         value = entry.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            raise InputError(f"{place}: {name} is {json.dumps(value)[:40]}, want "
-                             f"{' or '.join(KINDS[kind] for kind in kinds)}")
+        if not isinstance(value, KINDS[kind]) or isinstance(value, bool):
+            raise InputError(f"{place}: {name} is {json.dumps(value)[:40]}, want {kind}")
     return entry
 
 
