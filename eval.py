@@ -324,7 +324,7 @@ def main(argv: list[str]):
             space = sum(first_token_is_space(model, question) for question in questions)
             result["space"][benchmark] = space
             report.print_space(benchmark, space, len(questions))
-    print(f"{flags.where(model)}; repetition penalty {args.repetition_penalty:g}; answers in {out}")
+    print(f"{flags.where(model)}; {flags.penalty(args)}; answers in {out}")
     if args.plot and RANK == 0:
         plot(result["benchmarks"], args.plot)
     write_result(out, result, args.json)

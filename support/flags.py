@@ -285,6 +285,15 @@ def template(model) -> str:
     return sys.modules[type(model).__module__].PROMPT
 
 
+def penalty(args) -> str:
+    """Describe the repetition penalty, and the folder's where it asks for another."""
+    folder = checkpoint.find_folder(args.model)
+    _, entries = checkpoint.entries_of(folder, "generation_config.json")
+    said = f"repetition penalty {args.repetition_penalty:g}"
+    asked = entries.get("repetition_penalty", 1)
+    return said if asked == args.repetition_penalty else f"{said} (the folder's is {asked})"
+
+
 def where(model) -> str:
     """Describe device, precision, threads and the bounds of the image, for the record."""
     weight = next(model.parameters())

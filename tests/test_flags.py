@@ -7,6 +7,7 @@ import shlex
 import sys
 
 import pytest
+from checkpoints import copy_of
 
 import bench
 import demo
@@ -158,6 +159,15 @@ def test_a_file_of_questions_may_have_a_comma_or_capitals_in_its_name(names, wan
         (tmp_path / name).write_text(json.dumps(entry) + "\n")
     args = evaluation.parse_arguments(["--bench", names])
     assert list(flags.load_data(args, gold=False)) == want
+
+
+@pytest.mark.parametrize("asked, said", [
+    ({}, "penalty 1.5 (the folder's is 1)"), ({"repetition_penalty": 1.5}, "penalty 1.5"),
+    ({"repetition_penalty": 1.05}, "penalty 1.5 (the folder's is 1.05)")])
+def test_a_run_says_if_the_folder_asks_for_another_repetition_penalty(asked, said, tmp_path):
+    folder = copy_of("qwen_tied", tmp_path, generation_config=asked)
+    args = evaluation.parse_arguments(["--model", str(folder), "--repetition-penalty", "1.5"])
+    assert flags.penalty(args) == f"repetition {said}"
 
 
 def test_questions_are_drawn_by_seed_in_whole_images():
