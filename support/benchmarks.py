@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -245,8 +246,8 @@ def load_scienceqa(paths: list[Path], style: str | None) -> list[Question]:
         return []
     splits = find(paths, "pid_splits.json") or file.with_name("pid_splits.json")
     problems = read_json(file)
-    image_of = {path.parent.name: path for path in paths
-                if path.name == "image.png" and path.parent.parent.name == "test"}
+    image_of = by_name((path.parent.name, path) for path in paths
+                       if path.name == "image.png" and path.parent.parent.name == "test")
     questions = []
     for pid in read_list(splits, "test"):
         with as_published(file, pid):
@@ -289,7 +290,8 @@ def load_pope(paths: list[Path], style: str | None) -> list[Question]:
     present = [path for path in paths if path.name in files]
     if not present:
         return []
-    image_of = {path.name: path for path in paths if path.name.startswith("COCO_val2014_")}
+    image_of = by_name((path.name, path) for path in paths
+                       if path.name.startswith("COCO_val2014_"))
     questions = []
     for name, file_name in zip(POPE, files):
         file = find(paths, file_name) or present[0].with_name(file_name)
@@ -655,6 +657,16 @@ def paths_under(root: Path) -> list[Path]:
             seen.add(real)
             paths += [Path(folder, name) for name in inner + names if not name.startswith(".")]
     return sorted(paths)
+
+
+def by_name(files: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """Return the files by their names. Raises InputError if there are two of one."""
+    found = {}
+    for name, path in files:
+        twin = found.setdefault(name, path)
+        if twin is not path:
+            raise InputError(f"--data: image {name} is there twice, as {twin} and {path}; want one")
+    return found
 
 
 def find(paths: list[Path], *names: str) -> Path | None:
