@@ -60,6 +60,7 @@ def token_information(model, stream: Stream, answer: str, layers: list[int], win
     target "first", the paper's: y is the first token of the answer, at the last prompt row.
     "answer", ours: the sum over the answer's tokens of P(y_t | y_<t), teacher-forced. "each": the
     same terms, not summed, and one more, that the answer ends: (len(layers), rows, cols, tokens+1).
+    An empty answer has that one alone.
 
     All layers share one unpruned run. Rows before every removed token are not computed again: their
     keys and values come from it. Raises InputError.
@@ -98,7 +99,7 @@ def information_of_prompts(model, streams: dict[int, Stream], answers: list[str]
         full_streams = inputs_of_layers(model, known, [*layers, model.num_layers])
         for p, number in zip(prompts, numbers):
             ids_at = [[token] for token in ids_of[p]]
-            if target == "each" or not ids_at:          # an empty answer is its end
+            if target == "each" or not ids_at:
                 ids_at.append(sorted(model.eos))        # any of several ids may end an answer
             *of_prompt, last = [some_of(one, [number]) for one in full_streams.values()]
             values = terms_of_windows(model, of_prompt, last, ids_at, layers, window, mode,
