@@ -293,7 +293,7 @@ def main(argv: list[str]):
     stream = model.begin(pixels, QUESTION)
     print(f"{device}, torch {torch.__version__}; {flags.where(model)}; {args.model}, "
           f"{model.num_layers} layers; {stream.N} visual tokens of {stream.x.shape[1]}; "
-          f"median of {args.rounds} rounds [lowest, highest]")
+          f"median [lowest, highest] of --rounds {args.rounds}")
     result = provenance(args, model)
     if args.sweep:
         result["sweep"] = time_sweep(model, stream, schedules, args.rounds)
