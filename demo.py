@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from information import (check_grid, from_there_on, inputs_of_layers, measure_beforehand, per_token,
+from information import (check_grid, inputs_of_layers, measure_beforehand, per_token,
                          token_information)
 from support import flags, report
 from support.benchmarks import check_text
@@ -20,6 +20,7 @@ from support.files import read_image, read_json
 from support.page import Measured, write_page
 from support.pictures import overlay
 from support.run import ROOT, open_folder, progress, settings_of, start, write_result
+from support.statistics import from_there_on
 from tokprune import (METHODS, Decoding, InputError, Stream, check_method, decode, number_kept,
                       prefill, view_of)
 

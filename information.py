@@ -30,6 +30,7 @@ from support.files import read_image
 from support.pictures import plot_information
 from support.run import (RANK, collect, look_at, open_folder, provenance, settings_of, start,
                          write_result)
+from support.statistics import from_there_on
 from tokprune import (KV, METHODS, Decoding, InputError, Stream, attention, decode, keep, prefill,
                       some_of, together)
 
@@ -409,15 +410,6 @@ def horizon(curve, full: float, tolerance: float = 0.01) -> int:
     none, or if the full score is 0, which can show no loss.
     """
     return from_there_on([full > 0 and pruned >= full - tolerance * full for pruned in curve])
-
-
-def from_there_on(holds: list[bool]) -> int:
-    """Find the first layer from which on something holds at every layer: their number if at none.
-    """
-    layer = len(holds)
-    while layer > 0 and holds[layer - 1]:
-        layer -= 1
-    return layer
 
 
 def answers_without_image(model, stream: Stream,

@@ -21,14 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from eval import Cell, answer_cells, most_variants
-from information import from_there_on
 from support import flags
 from support.benchmarks import METRICS, Question, score
 from support.pictures import plot_plans
 from support.report import print_plan
 from support.run import (RANK, collect, look_at, open_folder, provenance, settings_of, start,
                          write_result)
-from support.statistics import at_most
+from support.statistics import at_most, from_there_on
 from tokprune import (METHODS, Decoding, InputError, Stream, flops, format_schedule,
                       parse_schedule, together, visual_tokens)
 

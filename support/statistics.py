@@ -91,6 +91,15 @@ def information_by_layer(maps: list[np.ndarray], image: np.ndarray, layers: list
     return rows
 
 
+def from_there_on(holds: list[bool]) -> int:
+    """Find the first layer from which on something holds at every layer: their number if at none.
+    """
+    layer = len(holds)
+    while layer > 0 and holds[layer - 1]:
+        layer -= 1
+    return layer
+
+
 def mean_of_layer_1(rows: list[dict]) -> float | None:
     """Return layer 1's mean, since layer 0's can be far higher than any other's; None where layer 1
     was not measured."""
@@ -106,12 +115,8 @@ def layer_without_information(rows: list[dict]) -> int | None:
     base = mean_of_layer_1(rows)
     if base is None or base <= 0:
         return None
-    layer = None
-    for row in reversed(rows):
-        if abs(row["mean"]) >= 0.01 * base:
-            break
-        layer = row["layer"]
-    return layer
+    place = from_there_on([abs(row["mean"]) < 0.01 * base for row in rows])
+    return rows[place]["layer"] if place < len(rows) else None
 
 
 def at_most(count: int, of: int, share: float) -> float:

@@ -18,11 +18,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plan  # noqa: E402
-from information import from_there_on  # noqa: E402
 from support import flags  # noqa: E402
 from support.report import print_heads, print_row  # noqa: E402
 from support.run import collect, open_folder, settings_of, start  # noqa: E402
-from support.statistics import at_most  # noqa: E402
+from support.statistics import at_most, from_there_on  # noqa: E402
 
 SPLITS = 200
 LOSSES = (0.05, 0.1)
