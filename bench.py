@@ -27,7 +27,7 @@ from eval import Cell, answer_cells
 from information import token_information, windows_of
 from support import checkpoint, flags, report
 from support.files import read_image
-from support.run import open_folder, provenance, start, write_result
+from support.run import grouped, open_folder, provenance, start, write_result
 from support.timing import (STEPS, cache_bytes, decode, device_name, device_rates, divided,
                             extra_memory, floor_ms, span, time_call, time_in_turns)
 from tokprune import (METHODS, InputError, flops, format_schedule, keep, parse_schedule, prefill,
@@ -98,10 +98,7 @@ def print_speed(found: dict):
 
 def print_verdicts(rows: list[dict]):
     """Print the slowest and the fastest prefill of the rows that promise the same."""
-    groups = {}
-    for row in rows[1:]:
-        groups.setdefault((row["gflops"], row["questions"]), []).append(row)
-    for group in groups.values():
+    for group in grouped(rows[1:], lambda row: (row["gflops"], row["questions"])).values():
         slow = min(group, key=lambda row: row["times_as_fast"])
         fast = max(group, key=lambda row: row["times_as_fast"])
         said = f"{slow['name']} makes prefill {slow['times_as_fast']:.1f} times as fast"

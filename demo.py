@@ -19,7 +19,7 @@ from support.benchmarks import check_text
 from support.files import read_image, read_json
 from support.page import Measured, write_page
 from support.pictures import overlay
-from support.run import ROOT, open_folder, progress, settings_of, start, write_result
+from support.run import ROOT, grouped, open_folder, progress, settings_of, start, write_result
 from support.statistics import from_there_on
 from tokprune import (METHODS, Decoding, InputError, Stream, check_method, decode, number_kept,
                       prefill, view_of)
@@ -215,9 +215,7 @@ def measure_every_layer(model, image: Image.Image, question: str, gold: str | No
 def batches_that_keep_as_many(methods: list[str], layer: int) -> list[list[str]]:
     """Divide the methods that can act at a layer into those that keep none, and the others."""
     able = [name for name in methods if layer > 0 or not METHODS[name].needs_layer]
-    nothing = [name for name in able if METHODS[name].keeps_none]
-    others = [name for name in able if not METHODS[name].keeps_none]
-    return [batch for batch in (nothing, others) if batch]
+    return list(grouped(able, lambda name: METHODS[name].keeps_none).values())
 
 
 def information_of_answer(model, stream: Stream, answer: str) -> np.ndarray:

@@ -17,8 +17,8 @@ from information import MEASURES, first_token_is_space, inputs_of_layers, measur
 from support import flags, report
 from support.benchmarks import Question, images_of, is_overlong, official_totals, score
 from support.pictures import plot
-from support.run import (RANK, collect, look_at, open_folder, provenance, settings_of, start,
-                         write_result)
+from support.run import (RANK, collect, grouped, look_at, open_folder, provenance, settings_of,
+                         start, write_result)
 from support.statistics import paired_difference, standard_error
 from tokprune import (METHODS, ORACLES, Decoding, InputError, Stream, decode, flops,
                       format_schedule, number_kept, parse_schedule, prefill, together,
@@ -77,11 +77,9 @@ def first_layer(model, cell: Cell) -> int:
 
 def batches_of_equal_shape(cells: list[Cell], N: int) -> list[list[Cell]]:
     """Group the cells that keep equally many tokens at the same layers: variants of one batch."""
-    batches = {}
-    for cell in cells:
-        shape = tuple((layer, number_kept(amount, N)) for layer, _, amount in cell.schedule)
-        batches.setdefault(shape, []).append(cell)
-    return list(batches.values())
+    def shape(cell: Cell) -> tuple:
+        return tuple((layer, number_kept(amount, N)) for layer, _, amount in cell.schedule)
+    return list(grouped(cells, shape).values())
 
 
 def layers_to_measure(cells: list[Cell]) -> dict[str, set[int]]:
@@ -144,9 +142,8 @@ def summarize(model, benchmark: str, questions: list[Question], records: list[di
     """Return a row for each schedule, its seeds averaged: score and paired differences in percent,
     tokens, FLOPs, counts of odd answers."""
     image = images_of(questions)
-    groups = {}                     # by the schedule's text: as tuples, keep 0 equals remove 0.0
-    for cell in cells:
-        groups.setdefault(format_schedule(cell.schedule), []).append(cell)
+    # by the schedule's text: as tuples, keep 0 equals remove 0.0
+    groups = grouped(cells, lambda cell: format_schedule(cell.schedule))
     scores = {}
     for schedule, group in groups.items():
         scores[schedule] = [[record["scores"][cell.key] for record in records] for cell in group]

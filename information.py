@@ -28,8 +28,8 @@ from support import flags, report, statistics
 from support.benchmarks import images_of, score
 from support.files import read_image
 from support.pictures import plot_information
-from support.run import (RANK, collect, look_at, open_folder, provenance, settings_of, start,
-                         write_result)
+from support.run import (RANK, collect, grouped, look_at, open_folder, provenance, settings_of,
+                         start, write_result)
 from support.statistics import from_there_on
 from tokprune import (KV, METHODS, Decoding, InputError, Stream, attention, decode, keep, prefill,
                       some_of, together)
@@ -111,10 +111,7 @@ def information_of_prompts(model, streams: dict[int, Stream], answers: list[str]
 
 def of_equal_length(ids_of: list[list[int]]) -> list[list[int]]:
     """Return which prompts have answers of equally many tokens: their numbers, group by group."""
-    groups = {}
-    for p, ids in enumerate(ids_of):
-        groups.setdefault(len(ids), []).append(p)
-    return list(groups.values())
+    return list(grouped(range(len(ids_of)), lambda p: len(ids_of[p])).values())
 
 
 def terms_of_windows(model, streams: list[Stream], full_stream: Stream, ids_at: list[list[int]],

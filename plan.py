@@ -25,8 +25,8 @@ from support import flags
 from support.benchmarks import METRICS, Question, score
 from support.pictures import plot_plans
 from support.report import print_plan
-from support.run import (RANK, collect, look_at, open_folder, provenance, settings_of, start,
-                         write_result)
+from support.run import (RANK, collect, grouped, look_at, open_folder, provenance, settings_of,
+                         start, write_result)
 from support.statistics import at_most, from_there_on
 from tokprune import (METHODS, Decoding, InputError, Stream, flops, format_schedule,
                       parse_schedule, together, visual_tokens)
@@ -152,7 +152,7 @@ def with_none(layer: int, name: str, ratio: float, horizon: int, L: int) -> tupl
 def split(questions: list[Question], seed: int) -> dict[str, list[Question]]:
     """Draw by image which questions to search, test and report on. Two questions about one picture
     are not independent: one an image is tested."""
-    of_image = by_image(questions)
+    of_image = grouped(questions, lambda question: question.image)
     rng = random.Random(seed)
     images = sorted(of_image)
     rng.shuffle(images)
@@ -161,14 +161,6 @@ def split(questions: list[Question], seed: int) -> dict[str, list[Question]]:
     return {"search": [question for image in images[:a] for question in of_image[image]],
             "test": [rng.choice(of_image[image]) for image in images[a:b]],
             "report": [question for image in images[b:] for question in of_image[image]]}
-
-
-def by_image(questions: list[Question]) -> dict:
-    """Return the questions about each image."""
-    of_image = {}
-    for question in questions:
-        of_image.setdefault(question.image, []).append(question)
-    return of_image
 
 
 def cells_of(schedules: list[tuple], seed: int) -> list[Cell]:

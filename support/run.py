@@ -256,14 +256,20 @@ def about(question, error: InputError) -> str:
 
 def batches_of_equal_shape(questions: list, shapes: dict[str, tuple], at_once) -> list[list]:
     """Divide questions into batches that need no padding, in the order of their shapes."""
-    by_shape = {}
-    for question in questions:
-        by_shape.setdefault(shapes[question.id], []).append(question)
     batches = []
-    for (rows, *_), alike in by_shape.items():
+    for (rows, *_), alike in grouped(questions, lambda question: shapes[question.id]).items():
         size = at_once(rows)
         batches += [alike[i:i + size] for i in range(0, len(alike), size)]
     return batches
+
+
+def grouped(things, key) -> dict:
+    """Return the things that have the same key(thing) as a list, by that key; all in their order.
+    """
+    groups = {}
+    for thing in things:
+        groups.setdefault(key(thing), []).append(thing)
+    return groups
 
 
 def read_records(out: Path, benchmark: str) -> dict[str, dict]:

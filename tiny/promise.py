@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plan  # noqa: E402
 from support import flags  # noqa: E402
 from support.report import print_heads, print_row  # noqa: E402
-from support.run import collect, open_folder, settings_of, start  # noqa: E402
+from support.run import collect, grouped, open_folder, settings_of, start  # noqa: E402
 from support.statistics import at_most, from_there_on  # noqa: E402
 
 SPLITS = 200
@@ -44,7 +44,8 @@ def main(argv: list[str]):
     for name, known in data.items():
         asked = flags.sample(known, args.limit, args.seed)
         rng = random.Random(args.seed)
-        questions = [rng.choice(about_it) for about_it in plan.by_image(asked).values()]
+        of_image = grouped(asked, lambda question: question.image)
+        questions = [rng.choice(about_it) for about_it in of_image.values()]
         schedules = [((layer, "none", 0),) for layer in range(L)]
 
         def ask(more: list[tuple], stage: str) -> list[dict]:
