@@ -137,7 +137,7 @@ def record_of(question: Question, stream: Stream, answers: dict[str, str]) -> di
 
 # ---- scores --------------------------------------------------------------------------------------
 
-def summarize(model, benchmark: str, questions: list[Question], records: list[dict],
+def summarize(model, questions: list[Question], records: list[dict],
               cells: list[Cell]) -> list[dict]:
     """Return a row for each schedule, its seeds averaged: score and paired differences in percent,
     tokens, FLOPs, counts of odd answers."""
@@ -308,7 +308,7 @@ def main(argv: list[str]):
         questions = asked[benchmark]
         prompt = report.print_asked(benchmark, questions, known, flags.template(model))
         records = collect(out, benchmark, questions, model, work, at_once)
-        rows = summarize(model, benchmark, questions, records, cells)
+        rows = summarize(model, questions, records, cells)
         for row in rows:
             row |= {"asked": len(questions), "of": len(known)}
             if "complete" in row["totals"]:
