@@ -189,16 +189,11 @@ def with_method(schedule: tuple, method: str) -> tuple:
 def costs(model, cell: Cell, records: list[dict]) -> dict:
     """Return means over the questions: tokens kept at last, tokens at a layer's input, prefill
     GFLOPs."""
-    kept = []
-    tokens = []
-    gflops = []
-    for record in records:
-        alive = visual_tokens(cell.schedule, record["visual_tokens"], model.num_layers)
-        rows = [record["text_rows"] + V for V in alive]
-        kept.append(alive[-1])
-        tokens.append(np.mean(alive))
-        gflops.append(flops(model.config.text, rows) / 1e9)
-    return {"kept": float(np.mean(kept)), "mean_visual_tokens": float(np.mean(tokens)),
+    alive = np.array([visual_tokens(cell.schedule, record["visual_tokens"], model.num_layers)
+                      for record in records])                       # (questions, layers)
+    rows = alive + [[record["text_rows"]] for record in records]
+    gflops = [flops(model.config.text, of_question) / 1e9 for of_question in rows.tolist()]
+    return {"kept": float(alive[:, -1].mean()), "mean_visual_tokens": float(alive.mean()),
             "gflops": float(np.mean(gflops))}
 
 
