@@ -266,11 +266,8 @@ def parse_arguments(argv: list[str]):
     if args.method is not None:
         args.method = args.method.split(",")
     else:
-        args.method = []
-        for name, method in METHODS.items():
-            can_act = args.layer > 0 or not method.needs_layer
-            if can_act and not method.needs_gold:
-                args.method.append(name)
+        args.method = [name for name, method in METHODS.items() if not method.needs_gold
+                       and (args.layer > 0 or not method.needs_layer)]
     for method in args.method:
         check_method(method, args.layer)
         if METHODS[method].needs_gold:
