@@ -56,10 +56,8 @@ def settings_of(args, model, data: dict) -> dict:
     """Return what decides the answers of a run: flags, precision, pixel bounds, and hashes of the
     code, the checkpoint and the questions."""
     weight = next(model.parameters())
-    settings = {}
-    for name, value in sorted(vars(args).items()):
-        if name not in NOT_SETTINGS:
-            settings[name] = str(value) if isinstance(value, Path) else value
+    settings = {name: str(value) if isinstance(value, Path) else value
+                for name, value in sorted(vars(args).items()) if name not in NOT_SETTINGS}
     for bound in ("min_pixels", "max_pixels"):
         settings[bound] = getattr(model.config, bound, None)
     code = [*ENGINE, f"{type(model).__module__}.py", args.command.split()[0]]
@@ -354,7 +352,6 @@ def attempt(work, batch: list, images: list):
     """Yield (question, record) of a batch; images: futures. Where memory runs out, or a question
     cannot be worked on, each half is tried on its own; a single question is then left out, which is
     printed, or named by the InputError that it raises."""
-    records = None
     try:
         records = work(batch, [image.result() for image in images])
     except InputError as e:
@@ -363,7 +360,7 @@ def attempt(work, batch: list, images: list):
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
-    if records is not None:
+    else:
         yield from zip(batch, records)
         return
     if torch.cuda.is_available():
