@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are InputErrors. An unknown flag is answered with the nearest one."""
 
     def __init__(self, program: str, description: str):
+        wide_help = partial(argparse.HelpFormatter, max_help_position=36, width=150)
         super().__init__(prog=program, description=description, allow_abbrev=False,
                          usage=f"{program} [flags]", formatter_class=wide_help)
 
@@ -37,10 +39,6 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"{flag}: no such flag; {advice}")
         args.command = shlex.join([self.prog, *argv])
         return args
-
-
-def wide_help(prog: str) -> argparse.HelpFormatter:
-    return argparse.HelpFormatter(prog, max_help_position=36, width=150)
 
 
 def whole(low: int):
@@ -239,10 +237,8 @@ def load_model(args):
     """Return --model on --device. Raises InputError."""
     device = usable_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    bounds = {}
-    for name in ("min_pixels", "max_pixels"):
-        if getattr(args, name) is not None:
-            bounds[name] = getattr(args, name)
+    bounds = {name: getattr(args, name) for name in ("min_pixels", "max_pixels")
+              if getattr(args, name) is not None}
     return checkpoint.load_model(args.model, device, dtype, **bounds)
 
 
