@@ -17,7 +17,7 @@ from PIL import Image
 
 from support.files import write_text
 from support.page import data_url
-from support.report import COST, listed
+from support.report import COST, interval_of, listed
 from tokprune import METHODS, parse_schedule
 
 INK = "#222222"
@@ -370,9 +370,7 @@ def draw_dropped(sheet: Sheet, left: float, top: float, horizon: dict):
     axes.horizon(horizon["layer"], horizon["low"], horizon["high"])
     axes.grid("score with all dropped, % of unpruned", "layer at whose input they are dropped")
     style_of("none").line(sheet, axes.points(layers, shares))
-    name = f"horizon: layer {horizon['layer']}"
-    if horizon["low"] is not None:
-        name += f" [{horizon['low']:g}, {horizon['high']:g}]"
+    name = f"horizon: layer {horizon['layer']}{interval_of(horizon)}"
     if horizon["layer"] == len(layers):
         name = "no horizon"
     sheet.text(axes.x1, top - 22, name, anchor="end")

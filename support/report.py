@@ -14,7 +14,7 @@ from tokprune import METHODS
 
 def print_heads(heads: list[str], first: str = "---"):
     """Print the head of a table; first: "---:" where its first column holds numbers."""
-    print("| " + " | ".join(heads) + " |")
+    print_row(heads)
     print(f"|{first}|" + "---:|" * (len(heads) - 1))
 
 
@@ -51,9 +51,7 @@ def listed(names: list) -> str:
 
 
 def at_layers(layers: list[int]) -> str:
-    """Say "at layer 17", "at layers 17 and 18", or "at no layer"."""
-    if not layers:
-        return "at no layer"
+    """Say "at layer 17", or "at layers 17 and 18"."""
     return f"at layer{'s' if len(layers) > 1 else ''} {listed(layers)}"
 
 
