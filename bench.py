@@ -30,8 +30,8 @@ from support.files import read_image
 from support.run import grouped, open_folder, provenance, start, write_result
 from support.timing import (STEPS, cache_bytes, decode, device_name, device_rates, divided,
                             extra_memory, floor_ms, span, time_call, time_in_turns)
-from tokprune import (METHODS, InputError, flops, format_schedule, keep, parse_schedule, prefill,
-                      together, visual_tokens)
+from tokprune import (METHODS, InputError, flops, format_schedule, keep, prefill, together,
+                      visual_tokens)
 
 QUESTION = "What does the sign on the left say?"
 SIDE = 24                               # rows and columns of visual tokens, without --image
@@ -354,16 +354,9 @@ def check_shape(args, p):
 
 def schedules_of(args, L: int) -> list[tuple]:
     """Return unpruned, and each --schedule or, at each layer, none and each --method."""
-    if args.schedule:
-        schedules = [tuple(parse_schedule(text)) for text in args.schedule]
-    else:
-        methods = TIMED if args.method is None else args.method.split(",")
-        schedules = flags.schedules_of_methods(args, ["none", *methods], L)
+    schedules = flags.schedules_of(args, ["none"], TIMED, L)
     for schedule in schedules:
-        if not schedule:
-            raise InputError("--schedule: empty, want e.g. 'dart@2=252 none@20'")
-        for layer, method, _ in schedule:
-            flags.check_layer(layer, L)
+        for _, method, _ in schedule:
             if METHODS[method].measure:
                 raise InputError(f"{method}: what it needs is measured in other runs of the model, "
                                  f"so it is not timed; want some of {', '.join(TIMED)}")

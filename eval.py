@@ -21,8 +21,7 @@ from support.run import (RANK, collect, grouped, look_at, open_folder, provenanc
                          start, write_result)
 from support.statistics import paired_difference, standard_error
 from tokprune import (METHODS, ORACLES, Decoding, InputError, Stream, decode, flops,
-                      format_schedule, number_kept, parse_schedule, prefill, together,
-                      visual_tokens)
+                      format_schedule, number_kept, prefill, together, visual_tokens)
 
 
 # ---- the loop over schedules ---------------------------------------------------------------------
@@ -249,11 +248,13 @@ def parse_cells(args, L: int) -> list[Cell]:
     """Return what the flags ask for, each with its seeds, behind the unpruned model and no image at
     all. L: layers of the model."""
     rows = [("unpruned", (), ()), ("no image", ((0, "none", 0),), ())]
-    rows += rows_of_schedules(args.schedule) if args.schedule else rows_of_methods(args, L)
+    schedules = flags.schedules_of(args, ["none", "random"], METHODS, L)
+    if args.schedule:
+        rows += rows_beside_random(schedules)
+    else:
+        rows += [(schedule[0][1], schedule, ()) for schedule in schedules]
     cells = {}
     for name, schedule, compared_with in rows:
-        for layer, _, _ in schedule:
-            flags.check_layer(layer, L)
         is_drawn = any(METHODS[method].draws for _, method, _ in schedule)
         for seed in range(args.seeds if is_drawn else 1):
             cell = Cell(name, schedule, args.seed + seed, compared_with)
@@ -261,19 +262,9 @@ def parse_cells(args, L: int) -> list[Cell]:
     return list(cells.values())
 
 
-def rows_of_methods(args, L: int) -> list[tuple]:
-    """Return (name, schedule, ()) for each method that can act at each layer."""
-    methods = METHODS if args.method is None else args.method.split(",")
-    schedules = flags.schedules_of_methods(args, ["none", "random", *methods], L)
-    return [(schedule[0][1], schedule, ()) for schedule in schedules]
-
-
-def rows_of_schedules(texts: list[str]) -> list[tuple]:
+def rows_beside_random(schedules: list[tuple]) -> list[tuple]:
     """Return (name, schedule, first) for each schedule, and for random in the place of its methods.
     All are compared with the first schedule."""
-    schedules = [tuple(parse_schedule(text)) for text in texts]
-    if () in schedules:
-        raise InputError("--schedule: empty, want e.g. 'dart@2=252 none@20'")
     first = schedules[0] if len(schedules) > 1 else ()
     rows = []
     for schedule in schedules:

@@ -16,7 +16,7 @@ import torch
 from support import checkpoint
 from support.benchmarks import BENCHMARKS, FILES, STYLES, Question, load_benchmark
 from support.run import LOCAL_RANK, ROOT, WORLD
-from tokprune import METHODS, Decoding, InputError, check_method
+from tokprune import METHODS, Decoding, InputError, check_method, parse_schedule
 
 
 class Parser(argparse.ArgumentParser):
@@ -175,15 +175,24 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
     return layers
 
 
-def schedules_of_methods(args, methods, num_layers: int) -> list[tuple]:
-    """Return a schedule of one stage for each method at each layer of the flags.
+def schedules_of(args, always: list[str], default, num_layers: int) -> list[tuple]:
+    """Return each --schedule; or a schedule of one stage for each method at each layer: those named
+    always, and those of --method or the default ones.
 
     A method that cannot act at layer 0 is left out, unless both are named. Raises InputError.
     """
+    schedules = [tuple(parse_schedule(text)) for text in args.schedule or []]
+    if () in schedules:
+        raise InputError("--schedule: empty, want e.g. 'dart@2=252 none@20'")
+    for schedule in schedules:
+        for layer, _, _ in schedule:
+            check_layer(layer, num_layers)
+    if schedules:
+        return schedules
+    methods = default if args.method is None else args.method.split(",")
     both_are_named = args.method and args.layer != "all"
-    schedules = []
     for layer in parse_layers(args.layer, num_layers):
-        for name in dict.fromkeys(methods):
+        for name in dict.fromkeys([*always, *methods]):
             cannot_act = layer == 0 and name in METHODS and METHODS[name].needs_layer
             if cannot_act and not both_are_named:
                 continue
