@@ -249,7 +249,7 @@ def shape_of(model, question) -> tuple:
 
 def about(question, error: InputError) -> str:
     """Say which question an error is about."""
-    return f"{question.source}: question {question.id} ({question.image}): {error}"
+    return f"{question.where} ({question.image}): {error}"
 
 
 def batches_of_equal_shape(questions: list, shapes: dict[str, tuple], at_once) -> list[list]:
