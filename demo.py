@@ -140,6 +140,9 @@ def make_page(args):
         if args.model.resolve() in built_in:
             folders = built_in
             guide = explore["guide"] if is_untouched(args) else []
+    plain = parse_arguments(["--page", str(args.page)])
+    more = flags.repeated(args, plain, "dtype", "min_pixels", "max_pixels", "max_new_tokens",
+                          "repetition_penalty")
     questions = [[] for _ in asked]
     for folder in folders:
         args.model = folder
@@ -150,7 +153,8 @@ def make_page(args):
             measured.model = short(folder)
             measured.command = shlex.join(
                 ["python", "demo.py", "--model", short(folder), "--image", short(image),
-                 "--question", question, "--ratio", str(args.ratio), "--seed", str(args.seed)])
+                 "--question", question, "--ratio", str(args.ratio), "--seed", str(args.seed),
+                 *more])
             models.append(measured)
     about = f"{100 * args.ratio:.4g} % of the tokens removed at once, at any one layer"
     size = write_page(args.page, questions, about, guide)

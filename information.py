@@ -36,7 +36,7 @@ from tokprune import (KV, METHODS, Decoding, InputError, Stream, attention, deco
 
 MODES = ("keep-one", "leave-one-out")
 TARGETS = ("first", "answer", "each")
-ROWS = 2 ** 15                          # most rows in a batch of variants, unless it is said
+ROWS = 2 ** 15                          # most rows in a batch of variants, unless given
 
 
 # ---- information ---------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ def steps(cost: np.ndarray, risk: np.ndarray, stages: np.ndarray, loss: float) -
     least risk. Among equals the simpler, of fewer stages; then the costlier, for it keeps more.
 
     A step stays where a cheaper one seems safer: on a few questions that is often luck, and the
-    first schedule that fails ends the walk. It leaves if its own risk is over the loss, too.
+    first schedule that fails ends the walk. It is left out only if its own risk is over the
+    loss, too.
     """
     step = np.floor(cost / STEP + 1e-9)
     order = np.lexsort((-cost, stages, risk))
@@ -212,7 +213,8 @@ def costs(model, schedules: list[tuple], records: list[dict], of: str) -> np.nda
             return sum(map(sum, alive))
         return sum(flops(model.config.text, [record["text_rows"] + V for V in tokens])
                    for tokens, record in zip(alive, records))
-    return np.array([total(schedule) / total(()) for schedule in schedules])
+    unpruned = total(())
+    return np.array([total(schedule) / unpruned for schedule in schedules])
 
 
 # ---- the program ---------------------------------------------------------------------------------
@@ -246,6 +248,10 @@ def main(argv: list[str]):
             for name, questions in flags.load_data(args, gold=False).items()}
     parts = {name: split(questions, args.seed) for name, questions in data.items()}
     bench = dict(zip(data, flags.benchmarks_of(args)))
+    plain = parse_arguments([])
+    model_flags = flags.repeated(args, plain, "model", "dtype", "min_pixels", "max_pixels")
+    other_flags = flags.repeated(args, plain, "max_new_tokens", "repetition_penalty", "data",
+                                 "prompt_style")
     groups = [[name] for name in data] if args.each else [list(data)]
     for names in groups:                                # before any work
         check_questions(sum(len(parts[name]["test"]) for name in names), names, args.loss,
@@ -269,7 +275,8 @@ def main(argv: list[str]):
                 records += collect(folder, name, parts[name][part], model, work, at_once)
             return records
         plan = {"benchmarks": names} | make_plan(model, ask, args.loss, args.confidence, args.cost)
-        print_plan(plan, args.model, ",".join(bench[name] for name in names))
+        files = ["--bench", ",".join(bench[name] for name in names)]
+        print_plan(plan, model_flags, other_flags + files)
         result["plans"].append(plan)
     if RANK == 0:
         picture = args.plot or out / "plan.svg"

@@ -40,7 +40,7 @@ class Question:
     source: Path = Path()       # the file that asks it
     group: str = ""             # MME's subtask, POPE's files, a question that MMBench rotates
 
-    def __post_init__(self):    # the model's answers are stripped, too
+    def __post_init__(self):    # stripped, as the model's answers are
         self.gold = [text.strip() if isinstance(text, str) else text for text in self.gold]
 
     @property

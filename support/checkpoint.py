@@ -82,7 +82,7 @@ def load(model_class, config, path, device, dtype, renames: list, ignored: str, 
 
 def device_and_dtype(device, dtype) -> tuple:
     """Return both, or their defaults: CUDA if there is one, else the CPU; bfloat16 on CUDA, float32
-    on the CPU. On CUDA, switch off two of cuDNN's ways for the whole process."""
+    on the CPU. On CUDA, switch off two features of cuDNN for the whole process."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

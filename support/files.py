@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from support.image import on_white
 from tokprune import InputError
 
-warnings.filterwarnings("ignore", module="PIL")     # about palettes: right, and not for the user
+warnings.filterwarnings("ignore", module="PIL")     # about palettes: right, but not for the user
 
 
 def on_disk(path: Path) -> Path:
@@ -99,7 +99,7 @@ def write_text(file: Path, text: str):
 
 # ---- TSVs ----------------------------------------------------------------------------------------
 
-END = "\x04"                            # behind the last line: a quote that is open takes it in
+END = "\x04"                            # follows the last line: in a cell, a quote is open
 
 
 def read_tsv(file: Path) -> Iterator[tuple[int, int, dict[str, str]]]:
@@ -133,7 +133,7 @@ def read_tsv(file: Path) -> Iterator[tuple[int, int, dict[str, str]]]:
 def split_row(line: str, more: Iterator[str] = iter(())) -> list[str]:
     """Split a row at its tabs. Quotes are CSV's: between them may be tabs and more lines."""
     if '"' not in line:
-        return line.rstrip("\r\n").split("\t")                 # a fifth of the time
+        return line.rstrip("\r\n").split("\t")                 # in a fifth of csv's time
     return next(csv.reader(itertools.chain([line], more), delimiter="\t"))
 
 

@@ -151,6 +151,15 @@ def add_output_flags(p: Parser):
     return group
 
 
+def repeated(args, plain, *names: str) -> list[str]:
+    """Return the flags of these names as they are typed, if their value is not the plain one."""
+    words = []
+    for name in names:
+        if getattr(args, name) != getattr(plain, name):
+            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    return words
+
+
 def decoding(args) -> Decoding:
     return Decoding(args.max_new_tokens, args.repetition_penalty)
 

@@ -20,7 +20,7 @@ from tokprune import METHODS
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LARGEST = 768                       # pixels of the longer side of an image on the page
-SCALES = {"information": 1000, "attention": 10000}      # one is the last digit that is kept
+SCALES = {"information": 1000, "attention": 10000}      # stored as multiples of 1 / scale
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Measured:
     unpruned: str                           # the unpruned model's answer
     answers: dict[str, list[str | None]]    # of each method, by layer; None where it cannot act
     kept: dict[str, np.ndarray]             # (L, N) of bool
-    right: set[str]                         # of these answers; the unpruned one if gold is unknown
+    right: set[str]                         # answers like the gold one or, without, the unpruned
     horizon: int                            # from this layer on no token is needed; L if none is
     information: np.ndarray                 # (L, N) of the unpruned answer
     attention: np.ndarray                   # (L, N) of the last prompt row, in the layer before

@@ -3,7 +3,6 @@
 import json
 import math
 import shlex
-from pathlib import Path
 
 import numpy as np
 
@@ -361,8 +360,9 @@ def print_distance_of_horizons(benchmarks: dict):
 COST = {"flops": "prefill FLOPs", "tokens": "visual tokens"}
 
 
-def print_plan(plan: dict, model: Path, bench: str):
-    """Print the walk from careful to cheap, what is promised, and how to check and time it."""
+def print_plan(plan: dict, model_flags: list[str], other_flags: list[str]):
+    """Print the walk from careful to cheap, what is promised, and how to check and time it: with
+    these flags, which bench.py needs, and those, which eval.py needs as well."""
     name = listed(plan["benchmarks"])
     print_heads([name, "tokens", "FLOPs", "changed: searched", "tested", "p", "untouched", "score"])
     print_row(["unpruned", "100%", "100%", "-", "-", "-", "-", number(plan["unpruned"])])
@@ -373,7 +373,7 @@ def print_plan(plan: dict, model: Path, bench: str):
                    number(row["score"])])
     print()
     if plan["chosen"]:
-        print_promise(plan, name, model, bench)
+        print_promise(plan, name, model_flags, other_flags)
     else:
         print_nothing(plan, name)
 
@@ -387,7 +387,7 @@ def changed(counts: list[int]) -> str:
     return f"{count} of {of}, {count / of:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def print_promise(plan: dict, name: str, model: Path, bench: str):
+def print_promise(plan: dict, name: str, model_flags: list[str], other_flags: list[str]):
     row = plan["chosen"]
     print(f"{name}: `{row['schedule']}` saves {1 - row[plan['cost']]:.0%} of the "
           f"{COST[plan['cost']]}. With a confidence of {plan['confidence']:.0%} it changes at most "
@@ -395,13 +395,11 @@ def print_promise(plan: dict, name: str, model: Path, bench: str):
           f"questions: {changed(row['report'])}.")
     if row["schedule"].startswith("none@"):
         print(f"{name}: no method is shown to be worth it: all that is saved is past the horizon.")
-    if model.is_relative_to(Path.cwd()):
-        model = model.relative_to(Path.cwd())
-    flags = f"--model {shlex.quote(str(model))} --schedule \"{row['schedule']}\""
+    flags = [*model_flags, "--schedule", row["schedule"]]
     print()
     if plan["unpruned"] is not None:                    # eval.py wants gold answers
-        print(f"    python eval.py {flags} --bench {shlex.quote(bench)}")
-    print(f"    python bench.py {flags}\n")
+        print("   ", shlex.join(["python", "eval.py", *flags, *other_flags]))
+    print("   ", shlex.join(["python", "bench.py", *flags]), end="\n\n")
 
 
 def print_nothing(plan: dict, name: str):

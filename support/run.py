@@ -46,10 +46,11 @@ DIED = f"another process of this run has ended; {RESUMES}, with as many processe
 
 # ---- the folder of a run -------------------------------------------------------------------------
 
-# flags that decide no answer, and those that a hash of what they name stands for
+# flags that decide no answer; and model and data, whose contents are hashed instead
 NOT_SETTINGS = {"command", "out", "json", "plot", "device", "dtype", "batch", "max_batch_tokens",
                 "tolerance", "threshold", "model", "data"}
-ENGINE = ["tokprune.py", "information.py", "support/benchmarks.py", "support/image.py"]
+ENGINE = ["tokprune.py", "information.py", "support/benchmarks.py", "support/files.py",
+          "support/image.py"]
 
 
 def settings_of(args, model, data: dict) -> dict:
@@ -191,8 +192,8 @@ def collect(out: Path, benchmark: str, questions: list, model, work, at_once) ->
     """Return the record of every question, in their order.
 
     work(questions, images) returns their records: dicts whose "scores" has "unpruned". It gets
-    prompts of equal shape, at_once(rows) of so many rows. Of the questions that no
-    process has a record of, this one works on every WORLD-th. Raises InputError at the end if
+    prompts of equal shape, at most at_once(rows) of them. Of the questions that no process has a
+    record of, this one works on every WORLD-th. Raises InputError at the end if
     memory ran out on some; all others have their records by then.
     """
     shapes = {question.id: shape_of(model, question) for question in questions}
@@ -428,7 +429,7 @@ def start(main):
     for stream in (sys.stdout, sys.stderr):             # a console that lacks a letter gets \u...
         stream.reconfigure(errors="backslashreplace")
     try:
-        barrier()               # met now, the others notice if this one ends before it has begun
+        barrier()               # connect now, so that the others notice if this one ends early
         main(sys.argv[1:])
         sys.stdout.flush()
     except (InputError, KeyboardInterrupt) as e:

@@ -170,6 +170,13 @@ def test_a_run_says_if_the_folder_asks_for_another_repetition_penalty(asked, sai
     assert flags.penalty(args) == f"repetition {said}"
 
 
+def test_a_command_repeats_the_flags_that_are_not_plain():
+    """plan.py's line for eval.py scored the built-in benchmark where --data named another."""
+    args = plan.parse_arguments(["--data", "my data", "--max-pixels", "9", "--loss", "0.2"])
+    found = flags.repeated(args, plan.parse_arguments([]), "model", "max_pixels", "data")
+    assert found == ["--max-pixels", "9", "--data", "my data"]
+
+
 def test_questions_are_drawn_by_seed_in_whole_images():
     """mme asks two questions of an image."""
     known = load_benchmark("mme", ROOT / "tiny")

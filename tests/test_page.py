@@ -271,6 +271,7 @@ def test_the_command_writes_a_page_of_one_s_own_question(command, entry):
     assert list(entry["methods"]) == METHODS_SHOWN and "90 %" in data["measured"]
     found = EXPLORE["questions"][2]
     again = demo.parse_arguments(shlex.split(entry["command"])[2:] + ["--layer", "3"])
+    assert again.max_new_tokens == 8
     assert again.question == found["question"] and entry["gold"] == found["gold"]
     assert (ROOT / again.image).samefile(ROOT / "tiny" / found["image"])
 
