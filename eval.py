@@ -54,7 +54,7 @@ def answer_cells(model, streams: dict[int, Stream], cells: list[Cell], info: dic
     """
     full_streams = inputs_of_layers(model, streams, [first_layer(model, cell) for cell in cells])
     answers = [{} for _ in seeds]
-    for batch in batches_of_equal_shape(cells, streams[0].N):
+    for batch in batches_of_cells(cells, streams[0].N):
         stages = []                                     # layers and counts are the same in all
         for same in zip(*(cell.schedule for cell in batch)):
             layer, _, amount = same[0]
@@ -74,7 +74,7 @@ def first_layer(model, cell: Cell) -> int:
     return cell.schedule[0][0] if cell.schedule else model.num_layers
 
 
-def batches_of_equal_shape(cells: list[Cell], N: int) -> list[list[Cell]]:
+def batches_of_cells(cells: list[Cell], N: int) -> list[list[Cell]]:
     """Group the cells that keep equally many tokens at the same layers: variants of one batch."""
     def shape(cell: Cell) -> tuple:
         return tuple((layer, number_kept(amount, N)) for layer, _, amount in cell.schedule)
@@ -280,8 +280,8 @@ def main(argv: list[str]):
     cells = parse_cells(args, flags.num_layers(args))       # wrong flags are named before loading
     data = flags.load_data(args)
     model = flags.load_model(args)
-    asked = {name: flags.sample(known, args.limit, args.seed) for name, known in data.items()}
-    look_at(model, asked)
+    samples = {name: flags.sample(known, args.limit, args.seed) for name, known in data.items()}
+    look_at(model, samples)
     settings = settings_of(args, model, data)
     out = open_folder(args, settings)
     result = settings | provenance(args, model) | {"prompts": {}, "benchmarks": {}, "space": {}}
@@ -290,23 +290,23 @@ def main(argv: list[str]):
         return answer_questions(model, questions, images, cells, args.answers,
                                 args.max_batch_tokens, flags.decoding(args), args.positions)
     at_once = flags.at_once(args, most_variants(cells))
-    for benchmark, known in data.items():
-        questions = asked[benchmark]
-        prompt = report.print_asked(benchmark, questions, known, flags.template(model))
-        records = collect(out, benchmark, questions, model, work, at_once)
-        rows = summarize(model, questions, records, cells)
+    for benchmark, questions in data.items():
+        asked = samples[benchmark]
+        prompt = report.print_asked(benchmark, asked, questions, flags.template(model))
+        records = collect(out, benchmark, asked, model, work, at_once)
+        rows = summarize(model, asked, records, cells)
         for row in rows:
-            row |= {"asked": len(questions), "of": len(known)}
+            row |= {"asked": len(asked), "of": len(questions)}
             if "complete" in row["totals"]:
-                row["totals"]["complete"] &= len(questions) == len(known)
-        report.print_scores(benchmark, rows, len({question.image for question in questions}))
+                row["totals"]["complete"] &= len(asked) == len(questions)
+        report.print_scores(benchmark, rows, len({question.image for question in asked}))
         result["prompts"][benchmark] = prompt
         result["benchmarks"][benchmark] = rows
         measured = {METHODS[method].measure for method in layers_to_measure(cells)}
         if any(MEASURES[measure].target == "first" for measure in measured):
-            space = sum(first_token_is_space(model, question) for question in questions)
+            space = sum(first_token_is_space(model, question) for question in asked)
             result["space"][benchmark] = space
-            report.print_space(benchmark, space, len(questions))
+            report.print_space(benchmark, space, len(asked))
     print(f"{flags.where(model)}; {flags.penalty(args)}; answers in {out}")
     if args.plot and RANK == 0:
         plot(result["benchmarks"], args.plot)

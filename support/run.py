@@ -106,21 +106,23 @@ def open_folder(args, settings: dict) -> Path:
         lock(out)
     file = out / "settings.json"
     if file.exists() or (out / "answers.jsonl").exists():
-        before = read_json(file)
-        differing = [f"{key} is {before.get(key)!r}, this run's is {value!r}"
-                     for key, value in settings.items() if before.get(key) != value]
-        if differing:
-            raise InputError(f"--out {out}: holds a run with other settings: "
-                             + ", ".join(differing))
-    if any(other != settings for other in gather(settings)):    # and every process has looked
-        raise InputError("the processes of this run have different settings; want the same flags, "
-                         "model, questions and code on every machine")
+        check_same(settings, read_json(file), f"--out {out}: holds a run with other settings")
+    for other in gather(settings):                      # when every process has looked
+        check_same(settings, other, "another process of this run has other settings")
     if RANK == 0:
         write_text(file, json.dumps(settings, indent=1) + "\n")
     barrier()
     if LOCAL_RANK == 0 and not file.exists():           # on a machine with a disk of its own
         write_text(file, json.dumps(settings, indent=1) + "\n")
     return out
+
+
+def check_same(settings: dict, other: dict, what: str):
+    """Raise InputError, which names each setting that differs."""
+    differing = [f"{key} is {other.get(key)!r}, this run's is {value!r}"
+                 for key, value in settings.items() if other.get(key) != value]
+    if differing:
+        raise InputError(f"{what}: {', '.join(differing)}")
 
 
 locked = None                           # the folder that this process writes to, open and locked

@@ -160,7 +160,8 @@ def test_two_machines_without_a_common_disk_find_the_same_as_one(tmp_path, undis
 
 
 @pytest.mark.parametrize("more, said", [
-    (["--positions", "compact"], "the processes of this run have different settings"),
+    (["--positions", "compact"], "another process of this run has other settings: positions is "
+                                 "'compact', this run's is 'keep'"),
     (["--layer", "x"], DIED)])
 def test_processes_that_differ_or_never_begin_end_the_run(more, said, tmp_path):
     """Answers of two settings were mixed in one table; a mistake on one machine left the other
