@@ -440,7 +440,7 @@ class TextConfig:
 
 @dataclass
 class VisionConfig:
-    """transformers 4.49 leaves out its defaults, which are those of 7B and 32B."""
+    """transformers 4.49 leaves out what equals its defaults, most of the 7B."""
     hidden_size: int
     depth: int = 32
     intermediate_size: int = 3420

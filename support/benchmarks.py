@@ -50,7 +50,7 @@ class Question:
 
     @property
     def identity(self) -> tuple:
-        """What decides an answer and its score, wherever the files lie together."""
+        """What decides an answer and its score, wherever the file and its images lie."""
         file = getattr(self.image, "file", self.image)
         place = os.path.relpath(file, self.source.parent), os.path.getsize(file)
         return self.id, place, self.prompt, self.gold, self.metric, self.group

@@ -39,7 +39,7 @@ ROPE_RULES = [("config.json", f"{place}{rope}.{key}", "default", "mrope")
 GREEDY_RULES = [("generation_config.json", entry, value) for entry, value in {
     "num_beams": 1, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0,
     "bad_words_ids": [], "sequence_bias": {}, "suppress_tokens": [], "begin_suppress_tokens": [],
-    "forced_bos_token_id": [], "forced_eos_token_id": [], "guidance_scale": 1}.items()]
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "guidance_scale": 1}.items()]
 
 
 def load_model(path: Path, device=None, dtype=None, **bounds):
@@ -219,7 +219,8 @@ def check_template(path: Path, prompt: str):
     text = re.sub(r"\{\{-?(.*?)-?\}\}", strings_in, template, flags=re.S).replace("\\n", "\n")
     want = prompt.split("{question}")[1].removeprefix("<|im_end|>").strip()
     opens = re.findall(r"if[^%]*add_generation_prompt[^%]*%\}(.*?)\{%", text, re.S)
-    opens = opens or re.findall(re.escape(want) + r"(?:\s*<\w+>)?", text)
+    if not opens:                                       # a template that always opens one
+        opens = re.findall(re.escape(want) + r"(?:\s*<\w+>)?", text)
     opened = opens[-1].strip() if opens else ""
     if opened != want:
         raise InputError(f"{file}: the chat template opens an answer with {opened!r}, want "
@@ -491,8 +492,8 @@ def read_shard(shard: Path, read):
 
 
 def files_read(path: Path) -> list[Path]:
-    """Return the files of a folder that decide what a model answers, whole, as its configuration
-    does not. Raises InputError."""
+    """Return the files of a folder's tokenizer and weights: what decides a model's answers, beside
+    its configuration. Raises InputError."""
     path = find_folder(path)
     return [path / "tokenizer.json", *find_shards(path)]
 

@@ -99,7 +99,8 @@ def write_text(file: Path, text: str):
 
 # ---- TSVs ----------------------------------------------------------------------------------------
 
-END = "\x04"                            # follows the last line: in a cell, a quote is open
+# Put behind a TSV's last line. A cell that ends with it has a quote that is never closed.
+END = "\x04"
 
 
 def read_tsv(file: Path) -> Iterator[tuple[int, int, dict[str, str]]]:
@@ -114,7 +115,9 @@ def read_tsv(file: Path) -> Iterator[tuple[int, int, dict[str, str]]]:
             lines = itertools.chain((line.decode("utf-8-sig") for line in f), [END])
             head = split_row(next(lines), lines)
             start = f.tell()
-            for line in iter(lambda: next(lines), END):
+            for line in lines:
+                if line == END:
+                    return
                 cells = split_row(line, lines)
                 if cells[-1].endswith(END):
                     raise InputError(f"{file}: the row at byte {start}: a quote is never closed")
@@ -225,9 +228,10 @@ def as_shown(image: Image.Image, turned: bool) -> Image.Image:
     ValueError where it is not known how white is stored."""
     if turned:
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":                               # convert("RGB") would clip at 255
+    if image.mode.startswith(("I", "F")):                   # more than 8 bits of grey
         grey = np.asarray(image)
         if image.mode == "F" or grey.max() > 65535:
             raise ValueError("32 bits a pixel; want 8 or 16 bits a channel")
-        image = Image.fromarray((grey / 257).round().clip(0).astype(np.uint8))  # 65535 is white
+        grey = (grey / 257).round().clip(0)                 # 65535 is white
+        image = Image.fromarray(grey.astype(np.uint8))
     return on_white(image) if image.has_transparency_data else image

@@ -152,7 +152,10 @@ def add_output_flags(p: Parser):
 
 
 def repeated(args, plain, *names: str) -> list[str]:
-    """Return the flags of these names as they are typed, if their value is not the plain one."""
+    """Return the flags of these names as they are typed, without those that have their default.
+
+    plain: the arguments of a command that gives none of them.
+    """
     words = []
     for name in names:
         if getattr(args, name) != getattr(plain, name):

@@ -33,7 +33,7 @@ class Measured:
     unpruned: str                           # the unpruned model's answer
     answers: dict[str, list[str | None]]    # of each method, by layer; None where it cannot act
     kept: dict[str, np.ndarray]             # (L, N) of bool
-    right: set[str]                         # answers like the gold one or, without, the unpruned
+    right: set[str]                         # those equal to gold, or to unpruned if there is none
     horizon: int                            # from this layer on no token is needed; L if none is
     information: np.ndarray                 # (L, N) of the unpruned answer
     attention: np.ndarray                   # (L, N) of the last prompt row, in the layer before
