@@ -121,8 +121,8 @@ class Llava(nn.Module):
         return replace(stream, layer=stop, x=x, cache=cache, queries=queries)
 
     def cos_sin(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
-        """Turn positions (B, T) into cos and sin (B, 1, T, D), from angles in float32."""
-        angles = pos[:, None, :, None].float() * self.inv_freq                  # (B, 1, T, D/2)
+        """Turn positions (B, T) into cos and sin (B, T, 1, D), from angles in float32."""
+        angles = pos[..., None, None].float() * self.inv_freq                   # (B, T, 1, D/2)
         return signed_cos_sin(angles, dtype)
 
     def final_norm(self, x: Tensor) -> Tensor:
@@ -191,11 +191,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope, past: KV | None = None):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.H, self.D).transpose(1, 2)           # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, self.G, self.D).transpose(1, 2)           # (B, G, T, D)
+        q = self.q_proj(x).view(B, T, self.H, self.D)
+        k = self.k_proj(x).view(B, T, self.G, self.D)
         v = self.v_proj(x).view(B, T, self.G, self.D).transpose(1, 2)           # (B, G, T, D)
-        q = rotate(q, rope)
-        k = rotate(k, rope)
+        q = rotate(q, rope).transpose(1, 2)                                     # (B, H, T, D)
+        k = rotate(k, rope).transpose(1, 2)                                     # (B, G, T, D)
         cache = KV(k, v) if past is None else past.append(k, v)                 # (B, G, S, D)
         mask = None
         if past is not None and T > 1:          # new rows are causal among themselves alone

@@ -126,7 +126,7 @@ class Qwen(nn.Module):
         return replace(stream, layer=stop, x=x, cache=cache, queries=queries)
 
     def cos_sin(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
-        """Turn positions (3, B, T) into cos and sin (B, 1, T, D).
+        """Turn positions (3, B, T) into cos and sin (B, T, 1, D).
 
         M-RoPE: the first frequencies turn with t, the next with the row, the last with the column.
         A text token has all three alike, which is the ordinary rotary embedding.
@@ -134,7 +134,7 @@ class Qwen(nn.Module):
         angles = pos[..., None].float() * self.inv_freq                         # (3, B, T, D/2)
         parts = angles.split(list(self.config.text.mrope_section), -1)
         angles = torch.cat([part[axis] for axis, part in enumerate(parts)], -1)
-        return signed_cos_sin(angles[:, None], dtype)                           # (B, 1, T, D)
+        return signed_cos_sin(angles[:, :, None], dtype)                        # (B, T, 1, D)
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.model.norm(x)
@@ -221,11 +221,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope, past: KV | None = None):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.H, self.D).transpose(1, 2)           # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, self.G, self.D).transpose(1, 2)           # (B, G, T, D)
+        q = self.q_proj(x).view(B, T, self.H, self.D)
+        k = self.k_proj(x).view(B, T, self.G, self.D)
         v = self.v_proj(x).view(B, T, self.G, self.D).transpose(1, 2)           # (B, G, T, D)
-        q = rotate(q, rope)
-        k = rotate(k, rope)
+        q = rotate(q, rope).transpose(1, 2)                                     # (B, H, T, D)
+        k = rotate(k, rope).transpose(1, 2)                                     # (B, G, T, D)
         cache = KV(k, v) if past is None else past.append(k, v)                 # (B, G, S, D)
         mask = None
         if past is not None and T > 1:          # new rows are causal among themselves alone

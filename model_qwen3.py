@@ -136,7 +136,7 @@ class Qwen3(nn.Module):
         return replace(stream, layer=stop, x=x, cache=cache, queries=queries)
 
     def cos_sin(self, pos: Tensor, dtype) -> tuple[Tensor, Tensor]:
-        """Turn positions (3, B, T) into cos and sin (B, 1, T, D).
+        """Turn positions (3, B, T) into cos and sin (B, T, 1, D).
 
         Interleaved M-RoPE: frequencies 1, 4, 7, ... turn with the row and 2, 5, 8, ... with the
         column, as many as mrope_section says. The others turn with t. A text token has all three
@@ -149,7 +149,7 @@ class Qwen3(nn.Module):
         angles = t.clone()
         angles[..., by_row] = y[..., by_row]
         angles[..., by_col] = x[..., by_col]
-        return signed_cos_sin(angles[:, None], dtype)                           # (B, 1, T, D)
+        return signed_cos_sin(angles[:, :, None], dtype)                        # (B, T, 1, D)
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.model.norm(x)
@@ -254,8 +254,8 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(B, T, self.H, self.D))              # (B, T, H, D)
         k = self.k_norm(self.k_proj(x).view(B, T, self.G, self.D))              # (B, T, G, D)
         v = self.v_proj(x).view(B, T, self.G, self.D).transpose(1, 2)           # (B, G, T, D)
-        q = rotate(q.transpose(1, 2), rope)                                     # (B, H, T, D)
-        k = rotate(k.transpose(1, 2), rope)                                     # (B, G, T, D)
+        q = rotate(q, rope).transpose(1, 2)                                     # (B, H, T, D)
+        k = rotate(k, rope).transpose(1, 2)                                     # (B, G, T, D)
         cache = KV(k, v) if past is None else past.append(k, v)                 # (B, G, S, D)
         mask = None
         if past is not None and T > 1:          # new rows are causal among themselves alone

@@ -263,8 +263,8 @@ def test_a_view_shows_the_layer_before_and_the_tokens_that_are_left(request, mod
     if hasattr(a, "q_norm"):                            # Qwen3's
         q = a.q_norm(q)
         k = a.k_norm(k)
-    q = module.rotate(q.transpose(1, 2), rope)[0]
-    k = module.rotate(k.transpose(1, 2), rope)[0]
+    q = module.rotate(q, rope)[0].transpose(0, 1)                               # (H, T, D)
+    k = module.rotate(k, rope)[0].transpose(0, 1)
     scores = q @ k.repeat_interleave(H // G, 0).transpose(1, 2) / D ** 0.5
     scores = scores.masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
     close(view.keys, k.transpose(0, 1).flatten(1))

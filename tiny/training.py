@@ -115,10 +115,10 @@ def masked_layer(layer: nn.Module, x: Tensor, rope, mask: Tensor, rotate: Callab
     attn = layer.self_attn
     B, T, _ = x.shape
     y = layer.input_layernorm(x)
-    q = attn.q_proj(y).view(B, T, attn.H, attn.D).transpose(1, 2)
-    k = attn.k_proj(y).view(B, T, attn.G, attn.D).transpose(1, 2)
+    q = rotate(attn.q_proj(y).view(B, T, attn.H, attn.D), rope).transpose(1, 2)
+    k = rotate(attn.k_proj(y).view(B, T, attn.G, attn.D), rope).transpose(1, 2)
     v = attn.v_proj(y).view(B, T, attn.G, attn.D).transpose(1, 2)
-    y = attention(rotate(q, rope), rotate(k, rope), v, mask)
+    y = attention(q, k, v, mask)
     x = x + attn.o_proj(y.transpose(1, 2).reshape(B, T, attn.H * attn.D))
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
