@@ -502,10 +502,10 @@ def scope(view: View, n: int) -> Tensor:
     covered = torch.zeros_like(saliency)
     picked = torch.zeros_like(saliency)             # -inf where a token is picked
     for _ in range(n):
-        gain = (similarity - covered[:, None]).clamp(min=0).sum(0) * saliency
-        pick = (gain + picked).argmax(0, keepdim=True)
-        picked[pick] = -torch.inf
-        covered = torch.maximum(covered, similarity[:, pick][:, 0])
+        gain = (similarity - covered[:, None]).clamp_(min=0).sum(0)
+        pick = torch.addcmul(picked, gain, saliency).argmax(0, keepdim=True)
+        picked.index_fill_(0, pick, -torch.inf)
+        covered = torch.maximum(covered, similarity.index_select(1, pick)[:, 0])
     return picked.isinf().nonzero()[:, 0]
 
 
