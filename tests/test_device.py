@@ -3,6 +3,8 @@
 It sees no kernel and no memory; it sees a tensor that was made on the CPU and meets one of the
 model's, which on a real GPU is an error.
 """
+from copy import deepcopy
+
 import pytest
 import torch
 from checkpoints import ONE_OF_EACH, load
@@ -131,6 +133,23 @@ def test_many_variants_wait_for_the_device_as_often_as_one(model):
             prune(model, reached, "random", 6, seeds)
             waits.append(device.waits - before)
     assert waits[0] == waits[1] == 1
+
+
+def test_qwens_tower_is_widened_by_zeros_on_a_gpu_alone():
+    """By its parameters' hook, however they are loaded."""
+    mlp = deepcopy(load("qwen_untied", torch.float64).visual.blocks[0].mlp)
+    weights = {name: weight.clone() for name, weight in mlp.state_dict().items()}
+    x = torch.randn(3, mlp.gate_proj.in_features, dtype=torch.float64)
+    mlp.load_state_dict(weights)
+    on_cpu = mlp(x)
+    assert len(mlp.gate_proj.weight) == 44
+    for weight in mlp.parameters():
+        weight.on_gpu = True
+    with SimulatedGPU():
+        mlp.load_state_dict(weights)
+    shapes = [list(linear.weight.shape) for linear in mlp.children()]
+    assert shapes == [[48, 32], [48, 32], [32, 48]]
+    torch.testing.assert_close(mlp(x), on_cpu, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("mistake", [
