@@ -42,8 +42,9 @@ MiB = 2 ** 20
 # ---- a model under schedules ---------------------------------------------------------------------
 
 def measure(model, stream, schedules: list[tuple], sizes: list[int], rounds: int) -> dict:
-    """Return {"matrix_flops", "copy_bytes", "speed"}: what the device can do a second, and a row
-    for each schedule and number of questions together.
+    """Return {"matrix_flops", "copy_bytes", "reading_ms", "speed"}: what the device can do a second,
+    the time to read the weights that a decoded token needs, and a row for each schedule and number
+    of questions together.
 
     A row's times, bytes and FLOPs are those of a question. "promised": how many times as fast as
     the first row it would be if each took the least time that FLOPs and weights allow.
@@ -52,6 +53,7 @@ def measure(model, stream, schedules: list[tuple], sizes: list[int], rounds: int
     config = model.config.text
     rate, bandwidth = device_rates(stream.x)
     layer_bytes = flops(config, [1]) / 2 * stream.x.element_size()      # two FLOPs a weight
+    token_bytes = model.num_layers * layer_bytes + model.lm_head.weight.nbytes
     streams = {P: together([stream] * P) for P in sizes}
     calls = {(schedule, P): partial(first_logits, model, streams[P], schedule)
              for schedule in schedules for P in sizes}
@@ -74,7 +76,8 @@ def measure(model, stream, schedules: list[tuple], sizes: list[int], rounds: int
         speed.append(row)
         row["times_as_fast"] = speed[0]["prefill_ms"]["median"] / row["prefill_ms"]["median"]
         row["promised"] = speed[0]["floor_ms"] / row["floor_ms"]
-    return {"matrix_flops": rate, "copy_bytes": bandwidth, "speed": speed}
+    return {"matrix_flops": rate, "copy_bytes": bandwidth,
+            "reading_ms": 1000 * token_bytes / bandwidth, "speed": speed}
 
 
 def first_logits(model, stream, schedule: tuple) -> torch.Tensor:
@@ -84,7 +87,8 @@ def first_logits(model, stream, schedule: tuple) -> torch.Tensor:
 def print_speed(found: dict):
     print(f"vision tower {span(found['tower_ms'])} ms; the device multiplies matrices at "
           f"{found['matrix_flops'] / 1e9:.0f} GFLOP/s and copies at "
-          f"{found['copy_bytes'] / 1e9:.0f} GB/s\n")
+          f"{found['copy_bytes'] / 1e9:.0f} GB/s; to read the weights once, for a decoded token, "
+          f"takes {found['reading_ms']:.2f} ms\n")
     report.print_heads(["a question", "prefill ms", "times as fast", "promised",
                         "decode ms a token", "cache MiB", "prefill MiB", "GFLOPs", "of floor"])
     for row in found["speed"]:
@@ -188,7 +192,8 @@ def in_transformers(model):
         model_types[type(model).__module__], text_config=vars(c.text) | {"rope_parameters": rope},
         vision_config=vars(c.vision), tie_word_embeddings=c.tie_word_embeddings)
     weights = {}
-    for name, weight in model.named_parameters():
+    for name, published in checkpoint.empty(type(model), c, None, set()).named_parameters():
+        weight = model.get_parameter(name)[tuple(map(slice, published.shape))]  # without padding
         name = re.sub(r"^model\.", "language_model.", name)
         weights[name if name.startswith("lm_head") else f"model.{name}"] = weight
     theirs_class = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
