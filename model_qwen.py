@@ -249,18 +249,6 @@ class MLP(nn.Module):
         return self.down_proj(gate.mul_(self.up_proj(x)))
 
 
-def pad_width(mlp: MLP, _=None):
-    """Widen a loaded MLP on a GPU by zeros, which change no sum, to a multiple of 8, as its fast
-    kernels want: the tower's published width is 3,420."""
-    room = -mlp.gate_proj.out_features % 8
-    if not room or mlp.gate_proj.weight.device.type != "cuda":
-        return
-    for linear in (mlp.gate_proj, mlp.up_proj):
-        linear.weight = nn.Parameter(F.pad(linear.weight, (0, 0, 0, room)))
-        linear.bias = nn.Parameter(F.pad(linear.bias, (0, room)))
-    mlp.down_proj.weight = nn.Parameter(F.pad(mlp.down_proj.weight, (0, room)))
-
-
 class RMSNorm(nn.Module):
     """Normalizes in float32 and rounds before it multiplies by the weight, as the original does."""
 
@@ -374,6 +362,18 @@ def column_mean(q: Tensor, k: Tensor) -> Tensor:
     for part in q.split(64, 2):                                         # (B, H, 64, D)
         total = total + (part.float() @ keys).softmax(-1).sum((1, 2))
     return total / (q.shape[1] * q.shape[2])
+
+
+def pad_width(mlp: MLP, _):
+    """Widen a loaded MLP on a GPU by zeros, which change no sum, to a multiple of 8, as its fast
+    kernels want: the tower's published width is 3,420."""
+    room = -mlp.gate_proj.out_features % 8
+    if not room or mlp.gate_proj.weight.device.type != "cuda":
+        return
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.weight = nn.Parameter(F.pad(linear.weight, (0, 0, 0, room)))
+        linear.bias = nn.Parameter(F.pad(linear.bias, (0, room)))
+    mlp.down_proj.weight = nn.Parameter(F.pad(mlp.down_proj.weight, (0, room)))
 
 
 class VisionBlock(nn.Module):
