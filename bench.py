@@ -86,7 +86,7 @@ def first_logits(model, stream, schedule: tuple) -> torch.Tensor:
 
 def print_speed(found: dict):
     print(f"vision tower {span(found['tower_ms'])} ms; the device multiplies matrices at "
-          f"{found['matrix_flops'] / 1e9:.0f} GFLOP/s and copies at "
+          f"{found['matrix_flops'] / 1e12:.3g} TFLOP/s and copies at "
           f"{found['copy_bytes'] / 1e9:.0f} GB/s; to read the weights once, for a decoded token, "
           f"takes {found['reading_ms']:.2f} ms\n")
     report.print_heads(["a question", "prefill ms", "times as fast", "promised",
@@ -96,7 +96,8 @@ def print_speed(found: dict):
             row["name"], span(row["prefill_ms"]), f"{row['times_as_fast']:.2f}",
             f"{row['promised']:.2f}", span(row["decode_ms"], 2),
             f"{row['cache_bytes'] / MiB:.2f}", f"{row['peak_bytes'] / MiB:.2f}",
-            f"{row['gflops']:.3g}", f"{row['floor_ms'] / row['prefill_ms']['median']:.0%}"])
+            report.significant(row["gflops"]),
+            f"{row['floor_ms'] / row['prefill_ms']['median']:.0%}"])
     print()
 
 

@@ -25,6 +25,11 @@ def number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def significant(value: float) -> str:
+    """Format with three digits, or with all that stand before the point: never as 8.1e+03."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
 def total(value: float | None) -> str:
     """Format a benchmark's own total; POPE has none where one of its files has no answer."""
     return "-" if value is None else f"{value:.5g}"
@@ -107,7 +112,8 @@ def print_table(benchmark: str, rows: list[dict]):
         cells += [difference(row[key]) for key in ("minus_unpruned", "minus_random", "minus_none")]
         if compared:
             cells.append(difference(row["minus_first"]))
-        cells += [f"{row['kept']:.3g}", number(row["mean_visual_tokens"]), f"{row['gflops']:.3g}"]
+        cells += [significant(row["kept"]), number(row["mean_visual_tokens"]),
+                  significant(row["gflops"])]
         print_row(cells)
     print()
 

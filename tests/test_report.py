@@ -19,6 +19,13 @@ def row(method, layer, score, minus_random=None, minus_none=None, minus_unpruned
             "empty": 0, "unparsed": 0, "overlong": 0}
 
 
+@pytest.mark.parametrize("value, want", [
+    (0.84842, "0.848"), (6, "6"), (99.97, "100"), (999.7, "1000"), (8104.46, "8104")])
+def test_a_count_has_three_digits_or_all_before_its_point(value, want):
+    """A 7B model's prefill took 8.1e+03 GFLOPs, an image of 1,024 tokens 1.02e+03."""
+    assert report.significant(value) == want
+
+
 @pytest.mark.parametrize("names, want", [
     ([], ""), ([3], "3"), (["a", "b"], "a and b"), ([1, 2, 3], "1, 2 and 3")])
 def test_names_are_listed_with_commas_and_and(names, want):
