@@ -15,11 +15,12 @@ import numpy as np
 TINY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TINY.parent))
 
-from information import attention_of_answer, token_information  # noqa: E402
+from information import attention_of_answer, inputs_of_layers, token_information  # noqa: E402
 from support.benchmarks import images_of, load_benchmark  # noqa: E402
 from support.checkpoint import load_model  # noqa: E402
 from support.files import read_image  # noqa: E402
 from support.flags import sample  # noqa: E402
+from support.report import print_heads, print_row  # noqa: E402
 from support.statistics import standard_error  # noqa: E402
 from tokprune import attention_of_raters, view_of  # noqa: E402
 
@@ -31,48 +32,40 @@ def correlations(model, question) -> dict[str, list[float]]:
     """Return {what ranks the tokens: rank correlation with their information at each of LAYERS}."""
     stream = model.begin(read_image(question.image), question.prompt)
     own = model.decode(model.run(stream))[0]
+    [attended] = attention_of_answer(model, {0: stream}, [own], LAYERS)     # (len(LAYERS), N, t)
+    streams = inputs_of_layers(model, {0: stream}, LAYERS).values()
+    views = [view_of(model, at_layer, b=0, seed=0) for at_layer in streams]
+    start, N = stream.visual
+    image = slice(start, start + N)
+    last = [stream.x.shape[1] - 1]                                          # the last prompt row
 
     def information(answer, mode="keep-one", target="answer"):
         return token_information(model, stream, answer, LAYERS, 1, mode, target).flatten(1, 2)
     exact = information(question.gold_written)                              # (len(LAYERS), N)
-    *_, of_last, of_end = information(question.gold_written, target="each").unbind(-1)
-    [attended] = attention_of_answer(model, {0: stream}, [own], LAYERS)
+    each = information(question.gold_written, target="each")
     scores = {
         "information of the first token": information(question.gold_normalized, target="first"),
-        "information of the last token": of_last,
-        "information of the answer's end": of_end,
+        "information of the last token": each[..., -2],
+        "information of the answer's end": each[..., -1],
         "leave-one-out information": information(question.gold_written, mode="leave-one-out"),
-        "attention of the own answer, as hindsight": [of_layer.sum(1) for of_layer in attended]}
-    reached = stream
-    for layer in LAYERS:
-        reached = model.run(reached, stop=layer)
-        for name, score in scores_of_methods(model, reached).items():
-            scores.setdefault(name, []).append(score)
+        "attention of the own answer, as hindsight": attended.sum(2),
+        "attention of the last prompt row, as FastV":
+            [view.attention(last)[:, 0, image].mean(0) for view in views],
+        "attention of SparseVLM's raters": [attention_of_raters(view) for view in views],
+        "norm of keys, as DART's pivots":
+            [view.keys[image].float().abs().sum(1) for view in views],
+        "saliency of the tower": [view.saliency() for view in views]}
     if own and question.points(own) < 1:
         scores["information of the own answer, where it is wrong"] = information(own)
     return {name: [rank_correlation(*pair) for pair in zip(of_layers, exact)]
             for name, of_layers in scores.items()}
 
 
-def scores_of_methods(model, stream) -> dict:
-    """Return (N,) by name: what published methods rank by at the layer of an unpruned stream."""
-    view = view_of(model, stream, b=0, seed=0, info=None)
-    start, N = view.visual
-    image = slice(start, start + N)
-    last = view.attention([len(view.x) - 1])[:, 0, image]                   # (H, N)
-    return {"attention of the last prompt row, as FastV": last.mean(0),
-            "attention of SparseVLM's raters": attention_of_raters(view),
-            "norm of keys, as DART's pivots": view.keys[image].float().abs().sum(1),
-            "saliency of the tower": view.saliency()}
-
-
 def rank_correlation(a, b) -> float:
     """Return Spearman's rank correlation of two tensors; nan where either has only one value."""
     a = ranks(a.cpu().numpy())
     b = ranks(b.cpu().numpy())
-    if a.std() == 0 or b.std() == 0:
-        return np.nan
-    return np.corrcoef(a, b)[0, 1]
+    return np.corrcoef(a, b)[0, 1] if a.std() and b.std() else np.nan
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -83,14 +76,13 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 def print_table(benchmark: str, found: list[dict], image: np.ndarray):
     """Print a row for each name, a column for each layer. found: `correlations` by question."""
-    print(f"\n| {benchmark}, at layer | questions |", " | ".join(map(str, LAYERS)), "|")
-    print("|---|" + "---:|" * (1 + len(LAYERS)))
+    print()
+    print_heads([f"{benchmark}, at layer", "questions", *map(str, LAYERS)])
     unknown = [np.nan] * len(LAYERS)
     for name in {name: None for question in found for name in question}:
         table = np.array([question.get(name, unknown) for question in found])
         questions = (~np.isnan(table)).any(1).sum()
-        cells = [mean_and_error(column, image) for column in table.T]
-        print(f"| {name} | {questions} |", " | ".join(cells), "|")
+        print_row([name, str(questions), *(mean_and_error(column, image) for column in table.T)])
 
 
 def mean_and_error(values: np.ndarray, image: np.ndarray) -> str:
