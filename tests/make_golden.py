@@ -129,16 +129,12 @@ def saved(tokenizer: Tokenizer, path: Path):
 # ---- what each model takes -----------------------------------------------------------------------
 # transformers 4.57.6 has no processors of this kind, so that they are imported where they are used.
 
-def clip_processor(side: int):
+def clip_processors(side: int):
+    """Return CLIP's processor, which crops, and LLaVA's, which pads."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    return CLIPImageProcessorPil(size={"shortest_edge": side},
-                                 crop_size={"height": side, "width": side})
-
-
-def llava_processor(side: int):
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-    return LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": side},
-                                  crop_size={"height": side, "width": side})
+    sizes = dict(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return CLIPImageProcessorPil(**sizes), LlavaImageProcessorPil(do_pad=True, **sizes)
 
 
 def qwen_processor(bounds: tuple[int, int], **settings):
@@ -156,9 +152,9 @@ def llava_inputs(model, tokenizer, image, question: str) -> dict:
     vision = model.config.vision_config
     V = (vision.image_size // vision.patch_size) ** 2
     text = VICUNA.format(question).replace("<image>", "<image>" * V)
-    pixels = clip_processor(vision.image_size)(image).pixel_values[0]
+    crop, _ = clip_processors(vision.image_size)
     return {"input_ids": torch.tensor([tokenizer(text).input_ids]),
-            "pixel_values": torch.tensor(pixels)[None].double()}
+            "pixel_values": torch.tensor(crop(image).pixel_values[0])[None].double()}
 
 
 def qwen_inputs(model, tokenizer, image, question: str) -> dict:
@@ -349,8 +345,7 @@ def write(name: str, found: dict, compact: bool = False):
 def record_pixels():
     """Record SHA-256 of the float32 pixels of each sample image, as the PIL processors give them,
     and Qwen's grid of patches."""
-    crop = clip_processor(56)
-    pad = llava_processor(56)
+    crop, pad = clip_processors(56)
 
     def of_qwen(processor, image):
         processed = processor(image)
