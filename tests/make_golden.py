@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -183,9 +184,8 @@ def qwen_tower(model, inputs: dict) -> dict:
     last block, which is one of full attention; in raster order. Qwen3 has planes, too."""
     tower = model.model.visual
     grid = inputs["image_grid_thw"]
-    with recorded_attention(tower) as attention:
-        out = tower(inputs["pixel_values"], grid_thw=grid)
-    received = attention[-1][0].mean((0, 1))                # by each patch, over heads and rows
+    attention, out = attention_of_last_block(tower, inputs)
+    received = attention[0].mean((0, 1))                    # by each patch, over heads and rows
     saliency = received.view(-1, 4).mean(1)
     if isinstance(model, Qwen2_5_VLForConditionalGeneration):
         from transformers.vision_utils import get_vision_window_index
@@ -202,23 +202,21 @@ def qwen_tower(model, inputs: dict) -> dict:
     return found
 
 
-@contextlib.contextmanager
-def recorded_attention(tower):
-    """Yield a list that receives the attention of each block that the tower runs meanwhile."""
+def attention_of_last_block(tower, inputs: dict):
+    """Return the eager attention of the tower's last block, and what the tower gives with it."""
     seen = []
     modeling = sys.modules[type(tower).__module__]
     original = modeling.eager_attention_forward
-    implementation = tower.config._attn_implementation
 
     def recorded(*args, **kwargs):
-        out = original(*args, **kwargs)
-        seen.append(out[1])
-        return out
-    modeling.eager_attention_forward = recorded
+        seen.append(original(*args, **kwargs))
+        return seen[-1]
+    implementation = tower.config._attn_implementation
     tower.config._attn_implementation = "eager"
-    yield seen
+    with patch.object(modeling, "eager_attention_forward", recorded):
+        out = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
     tower.config._attn_implementation = implementation
-    modeling.eager_attention_forward = original
+    return seen[-1][1], out
 
 
 def inputs_of_layers(model, inputs: dict) -> torch.Tensor:
