@@ -224,11 +224,9 @@ def inputs_of_layers(model, inputs: dict) -> torch.Tensor:
     final norm's output. transformers' own hidden_states are what a layer returns, before its plane.
     """
     seen = []
-
-    def record(module, args, kwargs):
-        seen.append(kwargs.get("hidden_states", args[0] if args else None)[0])
     decoder = model.model.language_model
-    hooks = [m.register_forward_pre_hook(record, with_kwargs=True) for m in decoder.layers]
+    hooks = [layer.register_forward_pre_hook(lambda m, args: seen.append(args[0][0]))
+             for layer in decoder.layers]
     hooks.append(decoder.norm.register_forward_hook(lambda m, args, out: seen.append(out[0])))
     model(**inputs)
     for hook in hooks:
@@ -251,11 +249,11 @@ def masked(model, layer: int, start: int, V: int, keep: list[int]):
     gone = [start + i for i in range(V) if i not in keep]
 
     def hook(module, args, kwargs):
-        x = kwargs.get("hidden_states", args[0] if args else None)
-        rows = x.shape[1]
+        rows = args[0].shape[1]
         columns = kwargs["past_key_values"].get_seq_length(module.self_attn.layer_idx) + rows
         causal = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
-        mask = torch.zeros(1, 1, rows, columns, dtype=x.dtype).masked_fill(~causal, -torch.inf)
+        mask = torch.zeros(1, 1, rows, columns, dtype=args[0].dtype)
+        mask[..., ~causal] = -torch.inf
         mask[..., gone] = -torch.inf
         own = range(columns - rows, columns)
         mask[..., range(rows), own] = 0         # a removed row still sees itself: no empty softmax
