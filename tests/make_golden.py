@@ -159,17 +159,13 @@ def llava_inputs(model, tokenizer, image, question: str) -> dict:
 
 
 def qwen_inputs(model, tokenizer, image, question: str) -> dict:
-    return inputs_of_chat(model, tokenizer, qwen_processor(QWEN_BOUNDS[0])(image),
-                          QWEN_CHAT.format(question))
-
-
-def qwen3_inputs(model, tokenizer, image, question: str) -> dict:
-    """Within bounds that leave few visual tokens."""
-    return inputs_of_chat(model, tokenizer, qwen3_processor(QWEN3_BOUNDS[1])(image),
-                          QWEN3_CHAT.format(question))
-
-
-def inputs_of_chat(model, tokenizer, processed, text: str) -> dict:
+    """Return what a Qwen takes; Qwen3's image within bounds that leave few visual tokens."""
+    if isinstance(model, Qwen3VLForConditionalGeneration):
+        processed = qwen3_processor(QWEN3_BOUNDS[1])(image)
+        text = QWEN3_CHAT.format(question)
+    else:
+        processed = qwen_processor(QWEN_BOUNDS[0])(image)
+        text = QWEN_CHAT.format(question)
     grid = torch.tensor(processed.image_grid_thw)
     V = grid.prod().item() // 4
     ids = torch.tensor([tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * V)).input_ids])
@@ -441,7 +437,7 @@ SMALL_DECODER = [(r"merger.*linear_fc2|o_proj|down_proj", 0.3), (r"[qk]_proj", 0
 LLAVA = Original(LlavaForConditionalGeneration, llama_tokenizer, llava_inputs, None, "embed", [])
 QWEN = Original(Qwen2_5_VLForConditionalGeneration, qwen_tokenizer, qwen_inputs, qwen_tower,
                 "embed", [SMALL_TOWER])
-QWEN3 = Original(Qwen3VLForConditionalGeneration, qwen_tokenizer, qwen3_inputs, qwen_tower,
+QWEN3 = Original(Qwen3VLForConditionalGeneration, qwen_tokenizer, qwen_inputs, qwen_tower,
                  "embed_tokens|pos_embed", [SMALL_TOWER, *SMALL_DECODER], "60KB", 5, compact=True)
 
 
