@@ -25,7 +25,7 @@ import transformers
 from PIL import Image
 from published import HUB_3B, HUB_7B
 from safetensors.torch import save_file
-from samples import QUESTIONS, images, kept
+from samples import QUESTIONS, images
 from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
                         pre_tokenizers, processors)
 from transformers import (CLIPVisionConfig, LlamaConfig, LlavaConfig,
@@ -270,7 +270,8 @@ def pruned_answers(model, inputs: dict, new_tokens: int) -> tuple[dict, dict]:
     tensors = {}
     pruned = {}
     for layer in range(model.config.text_config.num_hidden_layers):
-        for keep in (kept(V, layer), []):
+        order = torch.randperm(V, generator=torch.Generator().manual_seed(layer))
+        for keep in (sorted(order[:V // 3].tolist()), []):
             key = f"layer{layer}.keep{len(keep)}"
             with masked(model, layer, start, V, keep):
                 logits, tokens = greedy(model, inputs, new_tokens)

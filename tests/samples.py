@@ -1,6 +1,5 @@
 """Inputs shared by the tests and by the script that records golden data from the originals."""
 import numpy as np
-import torch
 from PIL import Image
 
 QUESTIONS = ["What does the sign say?", "Is there a cat? Answer yes or no."]
@@ -28,9 +27,3 @@ def images() -> dict[str, Image.Image]:
         # for windows of 4x4 visual tokens of 28 pixels: smaller at both edges, whole, and a line
         "partial": noise(250, 170, 3, "RGB"), "whole": noise(224, 112, 3, "RGB"),
         "sign": noise(31, 200, 3, "RGB")}
-
-
-def kept(V: int, layer: int, seed: int = 0) -> list[int]:
-    """A kept set for the removal-equals-masking tests: about a third of V tokens."""
-    g = torch.Generator().manual_seed(100 * seed + layer)
-    return torch.randperm(V, generator=g)[:V // 3].sort().values.tolist()
