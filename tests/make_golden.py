@@ -53,7 +53,6 @@ class Original:
     model_class: type
     tokenizer: Callable             # path -> the tokenizer, saved there
     inputs: Callable                # (model, tokenizer, image, question) -> what its forward takes
-    tower: Callable | None          # (model, inputs) -> tensors of the tower, and positions
     embeddings: str                 # regular expression of the weights that count as such
     scales: list[tuple[str, float]]             # factors of weights, by regular expression
     shard: str = "100KB"            # the largest of a checkpoint
@@ -240,10 +239,8 @@ def greedy(model, inputs: dict, new_tokens: int, penalty: float = 1.0):
 
 
 @contextlib.contextmanager
-def masked(model, layer: int, start: int, V: int, keep: list[int]):
-    """Hide the visual tokens outside `keep`, as keys, from every decoder layer >= `layer`."""
-    gone = [start + i for i in range(V) if i not in keep]
-
+def masked(model, layer: int, gone: list[int]):
+    """Hide the rows in `gone`, as keys, from every decoder layer >= `layer`."""
     def hook(module, args, kwargs):
         rows = args[0].shape[1]
         columns = kwargs["past_key_values"].get_seq_length(module.self_attn.layer_idx) + rows
@@ -264,16 +261,16 @@ def masked(model, layer: int, start: int, V: int, keep: list[int]):
 def pruned_answers(model, inputs: dict, new_tokens: int) -> tuple[dict, dict]:
     """Answer at every layer with a third of the visual tokens and with none. Return tensors by key,
     and {key: [layer, kept tokens]}."""
-    visual = inputs["input_ids"][0] == model.config.image_token_id
-    start = visual.nonzero()[0].item()
-    V = visual.sum().item()
+    visual = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0].tolist()
+    V = len(visual)
     tensors = {}
     pruned = {}
     for layer in range(model.config.text_config.num_hidden_layers):
         order = torch.randperm(V, generator=torch.Generator().manual_seed(layer))
         for keep in (sorted(order[:V // 3].tolist()), []):
             key = f"layer{layer}.keep{len(keep)}"
-            with masked(model, layer, start, V, keep):
+            gone = [row for i, row in enumerate(visual) if i not in keep]
+            with masked(model, layer, gone):
                 logits, tokens = greedy(model, inputs, new_tokens)
             tensors[f"{key}.logits"] = logits
             tensors[f"{key}.tokens"] = tokens
@@ -304,8 +301,7 @@ def record(name: str, config, original: Original, cases: list[tuple]):
     written = []
     for picture, number, question, prune in cases:
         inputs = original.inputs(model, tokenizer, images()[picture], question)
-        with torch.no_grad():
-            found, case = record_case(model, tokenizer, inputs, prune, original)
+        found, case = record_case(model, tokenizer, inputs, prune, original)
         key = f"{picture}.{number}"
         for what, value in found.items():
             single = original.compact and value.is_floating_point()
@@ -317,11 +313,12 @@ def record(name: str, config, original: Original, cases: list[tuple]):
                            "cases": written}, original.compact)
 
 
+@torch.no_grad()
 def record_case(model, tokenizer, inputs: dict, prune: bool, original: Original):
     """Return the tensors of a picture and a question, and what the JSON file says of them."""
     tensors, pruned = pruned_answers(model, inputs, original.new_tokens) if prune else ({}, {})
-    if original.tower:
-        tensors |= original.tower(model, inputs)
+    if original is not LLAVA:
+        tensors |= qwen_tower(model, inputs)
     tensors["ids"] = inputs["input_ids"][0]
     tensors["hidden"] = inputs_of_layers(model, inputs)
     tensors["logits"], tensors["tokens"] = greedy(model, inputs, original.new_tokens)
@@ -435,10 +432,10 @@ SMALL_TOWER = (r"visual\.(patch_embed|pos_embed|blocks.*(attn\.proj|down_proj|li
 # what is added to the decoder's stream is of the size of the embeddings, so that float32 roundings
 # of the original stay below 1e-5; queries and keys are small because a norm follows
 SMALL_DECODER = [(r"merger.*linear_fc2|o_proj|down_proj", 0.3), (r"[qk]_proj", 0.03)]
-LLAVA = Original(LlavaForConditionalGeneration, llama_tokenizer, llava_inputs, None, "embed", [])
-QWEN = Original(Qwen2_5_VLForConditionalGeneration, qwen_tokenizer, qwen_inputs, qwen_tower,
-                "embed", [SMALL_TOWER])
-QWEN3 = Original(Qwen3VLForConditionalGeneration, qwen_tokenizer, qwen_inputs, qwen_tower,
+LLAVA = Original(LlavaForConditionalGeneration, llama_tokenizer, llava_inputs, "embed", [])
+QWEN = Original(Qwen2_5_VLForConditionalGeneration, qwen_tokenizer, qwen_inputs, "embed",
+                [SMALL_TOWER])
+QWEN3 = Original(Qwen3VLForConditionalGeneration, qwen_tokenizer, qwen_inputs,
                  "embed_tokens|pos_embed", [SMALL_TOWER, *SMALL_DECODER], "60KB", 5, compact=True)
 
 
