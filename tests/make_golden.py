@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from published import HUB_3B, HUB_7B
 from safetensors.torch import save_file
 from samples import QUESTIONS, images
 from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
@@ -360,13 +359,12 @@ def digest(pixels: np.ndarray) -> str:
 
 def record_configs():
     """Record how this version of transformers saves published configs again, beside what other
-    versions did. What Qwen3-VL's say stands in their file, under "published"."""
-    found = json.loads((GOLDEN / "qwen_configs.json").read_text())
-    found[transformers.__version__] = saved_again(Qwen2_5_VLConfig, {"3B": HUB_3B, "7B": HUB_7B})
-    write("qwen_configs.json", found)
-    found = json.loads((GOLDEN / "qwen3_configs.json").read_text())
-    found[transformers.__version__] = saved_again(Qwen3VLConfig, found["published"])
-    write("qwen3_configs.json", found, compact=True)
+    versions did and what was published, without what decides nothing."""
+    for file, config_class in (("qwen_configs.json", Qwen2_5_VLConfig),
+                               ("qwen3_configs.json", Qwen3VLConfig)):
+        found = json.loads((GOLDEN / file).read_text())
+        found[transformers.__version__] = saved_again(config_class, found["published"])
+        write(file, found, compact=True)
 
 
 def saved_again(config_class, published: dict[str, dict]) -> dict:

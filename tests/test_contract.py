@@ -107,6 +107,7 @@ def test_a_question_with_a_second_image_is_refused(model):
 # ---- run -----------------------------------------------------------------------------------------
 
 def test_run_stops_at_any_layer_and_goes_on_from_there(model, start, full):
+    before = start.x.clone()
     for stop in range(model.num_layers + 1):
         stream = model.run(start, stop=stop)
         assert stream.layer == stop
@@ -117,7 +118,7 @@ def test_run_stops_at_any_layer_and_goes_on_from_there(model, start, full):
     for stop in (1, 99):
         with pytest.raises(AssertionError, match=f"stop is {stop}, want 2"):
             model.run(model.run(start, stop=2), stop=stop)
-    assert start.layer == 0 and start.cache == [None] * model.num_layers
+    assert start.layer == 0 and start.cache == [None] * model.num_layers and start.x.equal(before)
 
 
 def test_run_leaves_keys_values_and_the_queries_of_its_last_layer(model, start):
@@ -133,8 +134,10 @@ def test_run_leaves_keys_values_and_the_queries_of_its_last_layer(model, start):
 # ---- append, logits, decode ----------------------------------------------------------------------
 
 def test_appended_tokens_go_on_from_the_position_of_the_whole_prompt(model, start):
-    pruned = model.run(keep(model.run(start, stop=1), torch.tensor([0])))
-    new = model.append(pruned, torch.tensor([[5, 6], [7, 8]]))
+    pruned = keep(model.run(start, stop=1), torch.tensor([1, 3]))
+    first = start.visual[0]
+    assert pruned.pos[..., first:first + 2].equal(start.pos[..., [first + 1, first + 3]])
+    new = model.append(model.run(pruned), torch.tensor([[5, 6], [7, 8]]))
     assert (new.layer, new.x.shape[:2], new.queries) == (0, (2, 2), None)
     assert new.next_pos == start.next_pos + 2
     axes = new.pos.flatten(0, -2)

@@ -1,16 +1,28 @@
 """Every model equals transformers 5.23 on the recordings of make_golden.py."""
+import hashlib
 import json
 import sys
 
 import pytest
 import torch
-from checkpoints import (MODULES, ONE_OF_EACH, PRECISIONS, Counted, begin, decoder_of, load,
+from checkpoints import (GOLDEN, MODULES, ONE_OF_EACH, PRECISIONS, Counted, begin, decoder_of, load,
                          logits_of_answer, recording)
-from published import HUB_7B
+from samples import images
 
 import model_llava
-import model_qwen
+import model_qwen3
 import tokprune
+from model_qwen import Qwen
+from model_qwen3 import Qwen3
+from support import checkpoint
+
+# of the recorded images, in tokens. Qwen2.5-VL: square, oblong, a token wide, windows cut off on
+# both sides and on none. Qwen3-VL: smaller and larger than the 3 x 3 tokens of its learned
+# positions, and longer in one direction alone
+QWEN_GRIDS = {(2, 2), (2, 5), (7, 1), (6, 9), (4, 8)}
+GRIDS = {"qwen_untied": QWEN_GRIDS, "qwen_tied": QWEN_GRIDS,
+         "qwen3_untied": {(2, 2), (2, 5), (6, 1), (3, 6), (2, 3)},
+         "qwen3_tied": {(2, 3), (4, 5), (2, 5)}}
 
 
 @pytest.fixture(scope="module", params=MODULES)
@@ -26,10 +38,10 @@ def precision(request):
 
 def one_per_image(cases):
     """The second question about an image is recorded too; it takes no other way."""
-    images = {}
+    first = {}
     for case in cases:
-        images.setdefault(case["image"], case)
-    return list(images.values())
+        first.setdefault(case["image"], case)
+    return list(first.values())
 
 
 def check_close(got, want, tolerance):
@@ -116,6 +128,44 @@ def test_decoding_through_caches_of_different_lengths_is_the_masked_original_tex
     assert model.decode(stream, len(tokens)) == [model.tokenizer.decode(tokens).strip()]
 
 
+@pytest.mark.parametrize("name, file, bounds", [
+    ("qwen_tied", "pixels", "qwen 3136 12845056"), ("qwen_tied", "pixels", "qwen 784 3136"),
+    ("qwen_tied", "pixels", "qwen 23520 31360"), ("qwen3_tied", "qwen3_pixels", "65536 16777216"),
+    ("qwen3_tied", "qwen3_pixels", "4096 24576"), ("qwen3_tied", "qwen3_pixels", "9216 12288")])
+def test_pixels_equal_the_pil_processor_bit_for_bit(name, file, bounds):
+    """Some halves must go to the even multiple: grey's width 70 is 2.5 tokens of 28 pixels."""
+    low, high = map(int, bounds.split()[-2:])
+    model = MODULES[name].load(GOLDEN / name, "cpu", min_pixels=low, max_pixels=high)
+    recorded = json.loads((GOLDEN / f"{file}.json").read_text())
+    for image_name, image in images().items():
+        (_, rows, cols), digest = recorded[image_name][bounds]
+        pixels, grid = model.preprocess(image)
+        assert grid == (rows // 2, cols // 2), image_name
+        assert hashlib.sha256(pixels.numpy().tobytes()).hexdigest() == digest, image_name
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_towers_planes_saliency_and_positions_equal_transformers(name, precision):
+    """Saliency is the mean over heads and rows of the eager attention of the last block (of full
+    attention), tokens put back in raster order."""
+    dtype, tolerance = precision
+    model = load(name, dtype)
+    cases, want = recording(name)
+    grids = set()
+    for case in one_per_image(cases):
+        stream = begin(model, case)
+        first, V = stream.visual
+        outputs = {"features": stream.x[0, first:first + V], "saliency": stream.saliency()[0]}
+        if MODULES[name] is model_qwen3:
+            outputs["planes"] = torch.cat(stream.planes)
+        for key, got in outputs.items():
+            check_close(got, want[f"{case['name']}.{key}"], tolerance)
+        assert stream.pos[:, 0].equal(want[f"{case['name']}.pos"])
+        assert stream.next_pos == want[f"{case['name']}.next_pos"].item()
+        grids.add(stream.grid)
+    assert grids == GRIDS[name]
+
+
 def test_prompt_becomes_the_recorded_ids_with_the_image_in_place(golden):
     name, cases, want = golden
     model = load(name)
@@ -193,11 +243,30 @@ def test_no_layer_converts_between_precisions_for_a_token_in_bfloat16(name):
     assert counted.ops["to"] == 4
 
 
-def test_cache_of_a_token_in_the_published_sizes(tmp_path):
-    """In bfloat16 half a MiB a token in LLaVA-1.5-7B, 56 KiB in Qwen2.5-VL-7B."""
-    (tmp_path / "config.json").write_text(json.dumps(HUB_7B))
-    sizes = []
-    for text in (model_llava.TextConfig(), model_qwen.read_config(tmp_path).text):
-        heads = text.num_hidden_layers * text.num_key_value_heads
-        sizes.append(2 * 2 * heads * text.head_dim)         # keys and values, two bytes each
-    assert sizes == [512 * 1024, 56 * 1024]
+@pytest.mark.parametrize("model_class, recorded, size, parameters, says", [
+    (Qwen, "qwen", "3B", 3754622976, (1e6, [16, 24, 24], 128, 28, True)),
+    (Qwen, "qwen", "7B", 8292166656, (1e6, [16, 24, 24], 128, 28, False)),
+    (Qwen3, "qwen3", "4B", 4437815808, (5e6, [24, 20, 20], 128, 32, True)),
+    (Qwen3, "qwen3", "8B", 8767123696, (5e6, [24, 20, 20], 128, 32, False))])
+def test_published_and_resaved_configs_say_the_same(model_class, recorded, size, parameters, says,
+                                                    tmp_path):
+    """As published, and as transformers 4.57 and 5.23 save it again, also with a text field at the
+    root, where the one in its section counts. The parameters are counted on the hub."""
+    def read(config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return sys.modules[model_class.__module__].read_config(tmp_path)
+    configs = json.loads((GOLDEN / f"{recorded}_configs.json").read_text())
+    assert list(configs) == ["published", "4.57.6", "5.23.0"]
+    want = read(configs["published"][size])
+    for version in ("4.57.6", "5.23.0"):
+        assert read(configs[version][size]) == want
+        assert read(configs[version][size] | {"hidden_size": 1}) == want
+    text = want.text
+    assert says == (text.rope_theta, text.mrope_section, text.head_dim, want.factor,
+                    want.tie_word_embeddings)
+    assert (want.min_pixels, want.max_pixels) == (56 * 56, 1280 * 28 * 28)      # no file says more
+    model = checkpoint.empty(model_class, want, None, set())
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    if want.tie_word_embeddings:
+        del sizes["lm_head.weight"]
+    assert sum(sizes.values()) == parameters
