@@ -18,9 +18,6 @@ import model_qwen3
 from support.image import CLIP_MEAN, CLIP_STD, normalize, on_white
 
 GOLDEN = Path(__file__).parent / "golden"
-# float32 against a float64 original; and both in float64, where the order of summation hides
-# nothing
-PRECISIONS = [(torch.float32, 1e-4), (torch.float64, 1e-5)]
 # grouped heads and untied, all heads and tied; then grouped and untied, one key/value head and tied
 MODULES = {"llava_grouped": model_llava, "llava_tied": model_llava,
            "qwen_untied": model_qwen, "qwen_tied": model_qwen,

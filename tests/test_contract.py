@@ -164,13 +164,6 @@ def test_logits_are_float32_of_the_row_that_is_asked_for(model, start, full):
         model.logits(start)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_logits_of_a_model_in_bfloat16_are_float32(name):
-    model = load(name, torch.bfloat16)
-    full = model.run(model.begin(images()["square"], "?"))
-    assert full.x.dtype == torch.bfloat16 and model.logits(full).dtype == torch.float32
-
-
 def greedy_ids(model, stream, steps):
     ids = []
     for _ in range(steps):
@@ -208,11 +201,6 @@ def test_an_answer_ends_before_its_eos_and_the_other_goes_on(model, two_variants
     cut = alone[ends][:alone[ends].index(eos)]
     assert answers[ends] == model.tokenizer.decode(cut).strip()
     assert answers[1 - ends] == model.tokenizer.decode(other).strip()
-
-
-def test_answer_ids_are_the_answer_and_nothing_of_nothing(model):
-    assert model.tokenizer.decode(model.answer_ids("Yes")).strip() == "Yes"
-    assert model.answer_ids("") == []
 
 
 # ---- several prompts -----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from checkpoints import (GOLDEN, MODULES, ONE_OF_EACH, PRECISIONS, Counted, begin, decoder_of, load,
+from checkpoints import (GOLDEN, MODULES, ONE_OF_EACH, Counted, begin, decoder_of, load,
                          logits_of_answer, recording)
 from samples import images
 
@@ -30,9 +30,10 @@ def golden(request):
     return request.param, *recording(request.param)
 
 
-@pytest.fixture(params=PRECISIONS, ids=["float32", "float64"])
+@pytest.fixture(params=[(torch.float32, 1e-4), (torch.float64, 1e-5)], ids=["float32", "float64"])
 def precision(request):
-    """-> dtype, and how far the results may be from the recording in float64."""
+    """-> dtype, and how far the results may be from the recording in float64: less where the order
+    of summation hides nothing."""
     return request.param
 
 
@@ -71,7 +72,7 @@ def test_greedy_text_equals_transformers_with_and_without_a_penalty(golden, monk
     """On a question whose answer the penalty changes."""
     name, cases, want = golden
     model = load(name)
-    monkeypatch.setattr(model, "eos", set())                # as recorded: nothing stops early
+    monkeypatch.setattr(model, "eos", set())
     case = next(case for case in cases if case["text"] != case["penalised_text"])
     steps = len(want[case["name"] + ".tokens"])
     full = model.run(begin(model, case))
@@ -98,11 +99,12 @@ def test_a_penalty_lowers_a_repeated_token_whatever_the_sign_of_its_logit(
         assert model.decode(full, 1, penalty) == [model.tokenizer.decode([token]).strip()]
 
 
-def test_removing_rows_equals_masking_their_keys_in_transformers(golden, precision):
+def test_removing_rows_equals_masking_their_keys_in_transformers(golden, precision, monkeypatch):
     """Positions kept, caches of different lengths, the answer from the original length on."""
     name, cases, want = golden
     dtype, tolerance = precision
     model = load(name, dtype)
+    monkeypatch.setattr(model, "eos", set())                # as recorded: nothing stops early
     pruned = [case for case in cases if case["pruned"]]
     for case in pruned[-2:] if dtype == torch.float64 else pruned[-1:]:
         stream = begin(model, case)
@@ -110,22 +112,12 @@ def test_removing_rows_equals_masking_their_keys_in_transformers(golden, precisi
             stream = model.run(stream, stop=layer)          # recorded in the order of the layers
             kept = torch.tensor(kept, dtype=torch.long)
             short = model.run(tokprune.keep(stream, kept))
-            logits = logits_of_answer(model, short, want[key + ".tokens"])
+            tokens = want[key + ".tokens"]
+            logits = logits_of_answer(model, short, tokens)
             check_close(logits, want[key + ".logits"], tolerance)
-
-
-def test_decoding_through_caches_of_different_lengths_is_the_masked_original_text(golden,
-                                                                                  monkeypatch):
-    name, cases, want = golden
-    model = load(name)
-    monkeypatch.setattr(model, "eos", set())
-    case = [case for case in cases if case["pruned"]][-1]
-    layer = model.num_layers - 1
-    key, (_, kept) = next(pair for pair in case["pruned"].items() if pair[1][0] == layer)
-    stream = model.run(begin(model, case), stop=layer)
-    stream = model.run(tokprune.keep(stream, torch.tensor(kept)))
-    tokens = want[key + ".tokens"].tolist()
-    assert model.decode(stream, len(tokens)) == [model.tokenizer.decode(tokens).strip()]
+            if layer == model.num_layers - 1:
+                text = model.tokenizer.decode(tokens.tolist()).strip()
+                assert model.decode(short, len(tokens)) == [text]
 
 
 @pytest.mark.parametrize("name, file, bounds", [
@@ -189,6 +181,7 @@ def test_answer_tokens_are_those_that_follow_the_prompt(golden):
     prompt = MODULES[name].PROMPT.format(question="what?")
     ids = model.tokenizer.encode(prompt).ids
     assert model.answer_ids("Yes") == model.tokenizer.encode(prompt + space + "Yes").ids[len(ids):]
+    assert model.answer_ids("") == []
 
 
 @pytest.mark.parametrize("name", ["llava_tied", "qwen_untied", "qwen3_tied"])
@@ -238,7 +231,8 @@ def test_no_layer_converts_between_precisions_for_a_token_in_bfloat16(name):
     full = model.run(begin(model, recording(name)[0][0]))
     token = model.append(full, torch.tensor([[5]]))
     with Counted() as counted:
-        model.logits(model.run(token))
+        logits = model.logits(model.run(token))
+    assert logits.dtype == torch.float32
     # the position to float32, cos and sin to bfloat16, and the logits to float32
     assert counted.ops["to"] == 4
 

@@ -7,7 +7,15 @@ from checkpoints import GOLDEN, begin, load, recording
 from PIL import Image
 
 import model_qwen
+from support.image import smart_resize
 from tokprune import InputError, keep
+
+
+@pytest.mark.parametrize("size, want", [((70, 42), (56, 56)), ((98, 126), (112, 112)),
+                                        ((100, 60), (112, 56))])
+def test_sides_go_to_the_nearest_multiple_and_halves_to_the_even_one(size, want):
+    """No recorded image has a height of which this is seen."""
+    assert smart_resize(*size, 28, 1, 10 ** 9) == want
 
 
 def test_image_too_long_is_refused_by_its_size():
