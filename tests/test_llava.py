@@ -11,7 +11,7 @@ from samples import QUESTIONS, images
 
 import model_llava
 from support import checkpoint
-from tokprune import keep, prune
+from tokprune import keep
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,10 @@ def test_published_config_gets_the_defaults_it_leaves_out(tmp_path):
 
 @pytest.mark.parametrize("text, theta", [
     ({"rope_theta": 5e5}, 5e5), ({}, 1e4), ({"rope_scaling": None}, 1e4),
-    ({"rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}}, 7e4)])
-def test_rope_theta_is_read_in_old_and_new_form(text, theta, tmp_path):
+    ({"rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}}, 7e4),
+    # as in transformers 5
+    ({"rope_scaling": {"rope_theta": 7.0}, "rope_parameters": {"rope_theta": 8.0}}, 7)])
+def test_rope_theta_is_read_in_old_and_new_form_and_rope_scaling_counts(text, theta, tmp_path):
     config = {"model_type": "llava", "text_config": text}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert model_llava.read_config(tmp_path).text.rope_theta == theta
@@ -79,18 +81,14 @@ def test_saliency_is_how_much_cls_attends_to_each_patch_in_the_last_block(model,
     torch.testing.assert_close(start.saliency()[0], want)
 
 
-def test_compact_positions_renumber_and_decoding_goes_on_from_the_shortened_prompt(model, start):
-    stream = model.run(start, stop=1)
-    compact = prune(model, stream, "random", 4, positions="compact")
-    assert compact.pos[0].tolist() == list(range(compact.x.shape[1]))
-    assert compact.next_pos == compact.x.shape[1]
-    assert prune(model, stream, "random", 4).next_pos == start.next_pos == start.x.shape[1]
-
-
 def test_compact_pruning_before_layer_0_is_the_model_on_a_shorter_prompt(model, start):
+    """And decoding goes on from its end, otherwise from the end of the whole prompt."""
     idx = torch.tensor([2, 3, 11])
     first, V = start.visual
     rows = [*range(first), *(first + idx).tolist(), *range(first + V, start.x.shape[1])]
     short = replace(start, x=start.x[:, rows], pos=torch.arange(len(rows))[None],
                     visual=(first, 3))
-    assert model.run(keep(start, idx, "compact")).x.equal(model.run(short).x)
+    compact = keep(start, idx, "compact")
+    assert compact.pos.equal(short.pos) and compact.next_pos == len(rows)
+    assert keep(start, idx).next_pos == start.next_pos == start.x.shape[1]
+    assert model.run(compact).x.equal(model.run(short).x)
