@@ -266,23 +266,19 @@ class WithNewlines(model_llava.Llava):
 def fork():
     model = copy.copy(load("llava_grouped"))
     model.__class__ = WithNewlines
-    return model
-
-
-@pytest.fixture(scope="module")
-def fork_start(fork):
-    return fork.begin(images()["wide"], QUESTIONS[0])
+    return model, model.begin(images()["wide"], QUESTIONS[0])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_prunes_a_fork_with_separators_or_refuses_it(fork, fork_start, method):
+def test_a_method_prunes_a_fork_with_separators_or_refuses_it(fork, method):
     """IndexErrors came from methods that took N for rows x cols."""
-    assert fork_start.N == 4 * 5 and fork_start.grid == (4, 4)
-    stream = fork.run(fork_start, stop=1)
+    model, start = fork
+    assert start.N == 4 * 5 and start.grid == (4, 4)
+    stream = model.run(start, stop=1)
     try:
-        info = information.measure_beforehand(fork, {0: fork_start}, {method: {1}},
+        info = information.measure_beforehand(model, {0: start}, {method: {1}},
                                               lambda _: ["Yes"])
-        pruned = prune(fork, stream, method, 6, info=info.get(1))
+        pruned = prune(model, stream, method, 6, info=info.get(1))
     except InputError as e:
         assert "windows of a grid" in str(e) or "saliency" in str(e)
         assert "20" in str(e) and "\n" not in str(e)
@@ -293,14 +289,15 @@ def test_a_method_prunes_a_fork_with_separators_or_refuses_it(fork, fork_start, 
     if not METHODS[method].merges:
         kept = stream.x[:, first + pruned.origin[0]]
         assert pruned.x[:, first:first + n].equal(kept)
-    assert len(fork.decode(fork.run(pruned), 2)) == 1
+    assert len(model.decode(model.run(pruned), 2)) == 1
 
 
-def test_text_of_the_fork_begins_behind_its_last_newline_row(fork, fork_start):
+def test_text_of_the_fork_begins_behind_its_last_newline_row(fork):
     """The newline rows behind the first rows * cols were read as text."""
-    view = view_of(fork, fork.run(fork_start, stop=1), 0, 0, None)
+    model, start = fork
+    view = view_of(model, model.run(start, stop=1), 0, 0, None)
     first, N = view.embeds_visual
     tail = model_llava.PROMPT.format(question=QUESTIONS[0]).split("<image>")[1]
-    ids = fork.tokenizer.encode("<image>" + tail, add_special_tokens=False).ids[1:]
-    text = fork.language_model.embed_tokens(torch.tensor(ids))
+    ids = model.tokenizer.encode("<image>" + tail, add_special_tokens=False).ids[1:]
+    text = model.language_model.embed_tokens(torch.tensor(ids))
     assert view.embeds[first + N:].equal(text)

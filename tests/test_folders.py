@@ -11,6 +11,7 @@ from checkpoints import GOLDEN, ONE_OF_EACH, copy_of, load, tensors_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import eval as eval_program
 import information
@@ -243,15 +244,12 @@ def test_what_published_folders_ask_for_and_templates_of_the_same_prompt_are_acc
 @pytest.mark.parametrize("name, adds_eos", [("llava_tied", False), ("qwen_tied", True)])
 def test_a_tokenizer_that_adds_other_tokens_than_the_first_is_refused(name, adds_eos, tmp_path):
     """A trainer had left add_eos_token on: every prompt ended with the end of an answer."""
-    file = copy_of(name, tmp_path) / "tokenizer.json"
-    raw = json.loads(file.read_text())
-    token = Tokenizer.from_file(str(file)).id_to_token(2)
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    eos = {"SpecialToken": {"id": token, "type_id": 0}}
-    raw["post_processor"] = {
-        "type": "TemplateProcessing", "single": [text] + adds_eos * [eos], "pair": [text, text],
-        "special_tokens": {token: {"id": token, "ids": [2], "tokens": [token]}}}
-    file.write_text(json.dumps(raw))
+    file = str(copy_of(name, tmp_path) / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(file)
+    eos = tokenizer.id_to_token(2)
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {eos}" if adds_eos else "$A", special_tokens=[(eos, 2)])
+    tokenizer.save(file)
     with pytest.raises(InputError, match="tokenizer.json: encodes a text .* nothing else added"):
         checkpoint.load_model(tmp_path, "cpu")
 
