@@ -150,22 +150,7 @@ def test_bounds_come_from_the_folder_in_each_form_and_a_run_says_so(files, given
     assert flags.where(model).endswith("pixels " + want)
 
 
-# ---- finding the model ---------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_a_model_and_its_number_of_layers_are_found_by_model_type(name, tmp_path):
-    model = checkpoint.load_model(GOLDEN / name, "cpu")
-    assert type(model).__module__ == MODULES[name].__name__
-    (tmp_path / "config.json").symlink_to(GOLDEN / name / "config.json")
-    assert checkpoint.read_config(tmp_path).text.num_hidden_layers == model.num_layers
-
-
-def test_bounds_are_refused_for_a_model_that_has_none_and_the_wrong_way_round():
-    with pytest.raises(InputError, match="min_pixels is 100: the model of .*llava_tied has no"):
-        checkpoint.load_model(GOLDEN / "llava_tied", "cpu", min_pixels=100)
-    with pytest.raises(InputError, match="want min_pixels <= max_pixels"):
-        checkpoint.load_model(GOLDEN / "qwen_tied", "cpu", min_pixels=9000, max_pixels=100)
-
+# ---- the device, and the files of models --------------------------------------------------------
 
 def test_on_cuda_cudnn_plans_no_attention_and_rounds_no_convolution(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)

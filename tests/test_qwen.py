@@ -3,12 +3,12 @@ import json
 
 import pytest
 import torch
-from checkpoints import GOLDEN, begin, load, recording
+from checkpoints import GOLDEN, load
 from PIL import Image
 
 import model_qwen
 from support.image import smart_resize
-from tokprune import InputError, keep
+from tokprune import InputError
 
 
 @pytest.mark.parametrize("size, want", [((70, 42), (56, 56)), ((98, 126), (112, 112)),
@@ -34,12 +34,6 @@ def test_windows_of_a_5_by_6_grid_are_the_ones_drawn_by_hand():
                        [4, 5, 10, 11, 16, 17, 22, 23], [24, 25, 26, 27], [28, 29]]
     assert index.flatten()[place].tolist() == list(range(30))
     assert model_qwen.windows((4, 8), 4, 4, "cpu")[2] is None
-
-
-def test_compact_positions_are_refused():
-    model = load("qwen_tied")
-    with pytest.raises(InputError, match="three positions"):
-        keep(begin(model, recording("qwen_tied")[0][0]), torch.tensor([1]), "compact")
 
 
 def test_a_config_may_say_mrope_and_leave_defaults_out(tmp_path):
