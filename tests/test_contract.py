@@ -161,35 +161,24 @@ def greedy_ids(model, stream, steps):
     return ids
 
 
-@pytest.fixture(scope="module")
-def two_variants(model, full):
-    """Of other last rows, so that they answer otherwise: both, and the ids of either alone."""
+def test_decode_is_greedy_for_each_variant_until_its_eos_and_leaves_the_stream_as_it_was(
+        model, full, monkeypatch):
+    """Two variants of other last rows, so that they answer otherwise. One ends, the other goes on.
+    """
     other = replace(full, x=full.x.roll(3, 1))
     both = replace(full, x=torch.cat([full.x, other.x]))
-    return both, [greedy_ids(model, stream, 4) for stream in (full, other)]
-
-
-def test_decode_is_greedy_for_each_variant_and_leaves_the_stream_as_it_was(model, two_variants,
-                                                                           monkeypatch):
-    both, alone = two_variants
-    monkeypatch.setattr(model, "eos", set())
+    alone = [greedy_ids(model, stream, 4) for stream in (full, other)]
     want = [model.tokenizer.decode(ids).strip() for ids in alone]
     assert want[0] != want[1]
+    monkeypatch.setattr(model, "eos", set())
     assert model.decode(both, 4) == model.decode(both, 4) == want
     assert model.decode(both, 0) == ["", ""]
-
-
-@pytest.mark.parametrize("ends", [0, 1])
-def test_an_answer_ends_before_its_eos_and_the_other_goes_on(model, two_variants, ends,
-                                                             monkeypatch):
-    both, alone = two_variants
-    other = alone[1 - ends]
-    eos = next(token for token in alone[ends] if token not in other)
-    monkeypatch.setattr(model, "eos", {eos})
-    answers = model.decode(both, 4)
-    cut = alone[ends][:alone[ends].index(eos)]
-    assert answers[ends] == model.tokenizer.decode(cut).strip()
-    assert answers[1 - ends] == model.tokenizer.decode(other).strip()
+    for ends in (0, 1):
+        eos = next(token for token in alone[ends] if token not in alone[1 - ends])
+        monkeypatch.setattr(model, "eos", {eos})
+        cut = list(want)
+        cut[ends] = model.tokenizer.decode(alone[ends][:alone[ends].index(eos)]).strip()
+        assert model.decode(both, 4) == cut
 
 
 # ---- several prompts -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from checkpoints import GOLDEN, ONE_OF_EACH, copy_of, load, tensors_of
+from official import lines
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -300,9 +301,9 @@ def test_numbers_that_overflow_end_a_run_by_the_name_of_the_question(tmp_path):
     tensors["model.layers.0.mlp.down_proj.weight"] *= 1e6
     save_file(tensors, path / "model.safetensors")
     bench = tmp_path / "b.jsonl"
-    bench.write_text("".join(json.dumps({
-        "id": id, "image": str(ROOT / "tiny/textvqa/train_images/0034.jpg"), "question": "?",
-        "metric": "exact", "answers": ["a"]}) + "\n" for id in ("q1", "q2")))
+    question = {"image": str(ROOT / "tiny/textvqa/train_images/0034.jpg"), "question": "?",
+                "metric": "exact", "answers": ["a"]}
+    bench.write_text(lines({"id": "q1"} | question, {"id": "q2"} | question))
     argv = ["--model", str(path), "--dtype", "float16", "--bench", str(bench), "--layer", "2"]
     for number, (program, *method) in enumerate([
             (eval_program, "--method", "divprune"), (eval_program, "--method", "random"),
