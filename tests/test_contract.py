@@ -143,6 +143,16 @@ def test_appended_tokens_go_on_from_the_position_of_the_whole_prompt(model, star
     assert all(axis.tolist() == [start.next_pos, start.next_pos + 1] for axis in axes)
 
 
+def test_tokens_appended_together_are_tokens_appended_one_by_one(model, full):
+    ids = torch.tensor([[5, 6, 7]])
+    at_once = model.run(model.append(full, ids))
+    stream = full
+    for i in range(3):
+        stream = model.run(model.append(stream, ids[:, i:i + 1]))
+        # sums in another order: float32, as against the recordings
+        torch.testing.assert_close(at_once.x[:, i:i + 1], stream.x, rtol=0, atol=1e-4)
+
+
 def test_logits_are_float32_of_the_row_that_is_asked_for(model, start, full):
     logits = model.logits(full)
     assert logits.shape == (1, model.config.text.vocab_size) and logits.dtype == torch.float32
@@ -151,6 +161,13 @@ def test_logits_are_float32_of_the_row_that_is_asked_for(model, start, full):
     assert logits.equal(model.lm_head(model.final_norm(full.x[:, -1])))
     with pytest.raises(AssertionError, match=f"stream is at layer 0, want {model.num_layers}"):
         model.logits(start)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_logits_of_a_model_in_bfloat16_are_float32(name):
+    model = load(name, torch.bfloat16)
+    full = model.run(model.begin(images()["square"], "?"))
+    assert full.x.dtype == torch.bfloat16 and model.logits(full).dtype == torch.float32
 
 
 def greedy_ids(model, stream, steps):
@@ -179,6 +196,11 @@ def test_decode_is_greedy_for_each_variant_until_its_eos_and_leaves_the_stream_a
         cut = list(want)
         cut[ends] = model.tokenizer.decode(alone[ends][:alone[ends].index(eos)]).strip()
         assert model.decode(both, 4) == cut
+
+
+def test_answer_ids_are_the_answer_and_nothing_of_nothing(model):
+    assert model.tokenizer.decode(model.answer_ids("Yes")).strip() == "Yes"
+    assert model.answer_ids("") == []
 
 
 # ---- several prompts -----------------------------------------------------------------------------
