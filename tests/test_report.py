@@ -26,10 +26,9 @@ def test_a_count_has_three_digits_or_all_before_its_point(value, want):
     assert report.significant(value) == want
 
 
-@pytest.mark.parametrize("names, want", [
-    ([], ""), ([3], "3"), (["a", "b"], "a and b"), ([1, 2, 3], "1, 2 and 3")])
-def test_names_are_listed_with_commas_and_and(names, want):
-    assert report.listed(names) == want
+def test_names_are_listed_with_commas_and_and():
+    assert report.listed([]) == "" and report.listed([3]) == "3"
+    assert report.listed(["a", "b"]) == "a and b" and report.listed([1, 2, 3]) == "1, 2 and 3"
 
 
 def test_numbers_and_differences_are_short_and_what_is_not_known_is_a_dash():
@@ -42,17 +41,13 @@ def test_numbers_and_differences_are_short_and_what_is_not_known_is_a_dash():
     assert report.difference((-1e-15, -0.04, 0.04)) == "+0.0 [+0.0, +0.0]"
 
 
-def pictures(folder):
-    """Three, twice each."""
-    files = [folder / f"{i // 2}.png" for i in range(6)]
-    for file in files:
-        Image.new("L", (2, 2)).save(file)
-    return files
-
-
 def test_the_head_says_how_much_is_asked_and_shows_the_prompt(capsys, tmp_path):
-    known = [Question(str(i), picture, f"q{i}", ["Yes"], "yesno", group="count")
-             for i, picture in enumerate(pictures(tmp_path))]
+    """Three pictures, twice each."""
+    known = []
+    for i in range(6):
+        picture = tmp_path / f"{i // 2}.png"
+        Image.new("L", (2, 2)).save(picture)
+        known.append(Question(str(i), picture, f"q{i}", ["Yes"], "yesno", group="count"))
     prompt = report.print_asked("mme", known[:4], known, "USER: {question}\nASSISTANT:")
     assert prompt == "USER: q0\nASSISTANT:"
     own = [replace(question, group="") for question in known]
@@ -117,12 +112,29 @@ def verdict(capsys, *rows, images=100):
     return capsys.readouterr().out.strip()
 
 
-def test_past_the_horizon_nothing_differs(capsys):
-    said = verdict(capsys, row("none", 20, 90.0, minus_unpruned=SAME),
-                   row("dart", 20, 90.0, SAME, SAME), row("info", 20, 90.0, ABOVE, ABOVE),
-                   row("fastv", 20, 89.5, (-0.5, -2.0, 1.0), (0.5, -1.0, 2.0)))
-    assert said == ("mme: layer 20 is past the horizon: no method differs from random; no method "
-                    "differs from dropping every visual token.")
+@pytest.mark.parametrize("rows, said", [
+    # nothing differs but an oracle
+    ([row("none", 20, 90.0, minus_unpruned=SAME), row("dart", 20, 90.0, SAME, SAME),
+      row("info", 20, 90.0, ABOVE, ABOVE),
+      row("fastv", 20, 89.5, (-0.5, -2.0, 1.0), (0.5, -1.0, 2.0))],
+     "mme: layer 20 is past the horizon: no method differs from random; no method differs from "
+     "dropping every visual token."),
+    ([row("none", 20, 75.7, minus_unpruned=BELOW), row("random", 20, 52.9, None, BELOW),
+      row("dart", 20, 68.5, ABOVE, BELOW), row("fastv", 20, 62.6, (9.6, 3.9, 15.1), SAME)],
+     "mme: layer 20 is before the horizon: 2 of 2 methods beat random, by 9.6 to 15.0 points; 1 of "
+     "2 methods loses to dropping every visual token, by 8.0 points. Prune later, or drop "
+     "everything."),
+    # one method is worth it: no advice to drop everything
+    ([row("none", 20, 75.7, minus_unpruned=BELOW), row("dart", 20, 68.5, BELOW, ABOVE),
+      row("fastv", 20, 62.6, SAME, BELOW)],
+     "mme: layer 20 is before the horizon: 1 of 2 methods loses to random, by 8.0 points; 1 of 2 "
+     "methods beats dropping every visual token, by 15.0 points and 1 of 2 methods loses to "
+     "dropping every visual token, by 8.0 points."),
+    # one method against itself
+    ([row("random", 20, 52.9, None, BELOW)], ""),
+    ([row("dart", 2, 60.0, ABOVE), row("dart", 9, 60.0, ABOVE)], "")])
+def test_the_verdict_says_who_beats_random_and_nothing_kept(rows, said, capsys):
+    assert verdict(capsys, *rows) == said
 
 
 def test_a_layer_is_only_past_the_horizon_where_a_cost_would_have_been_seen(capsys):
@@ -134,23 +146,6 @@ def test_a_layer_is_only_past_the_horizon_where_a_cost_would_have_been_seen(caps
         said = verdict(capsys, none, dart, images=images)
         assert said.startswith("mme: layer 20 is past the horizon: no") == told
         assert ("too few questions to tell whether layer 20" in said) == (not told)
-
-
-def test_before_it_methods_beat_random_and_lose_to_nothing(capsys):
-    said = verdict(capsys, row("none", 20, 75.7, minus_unpruned=BELOW),
-                   row("random", 20, 52.9, None, BELOW), row("dart", 20, 68.5, ABOVE, BELOW),
-                   row("fastv", 20, 62.6, (9.6, 3.9, 15.1), SAME))
-    assert said == ("mme: layer 20 is before the horizon: 2 of 2 methods beat random, by 9.6 to "
-                    "15.0 points; 1 of 2 methods loses to dropping every visual token, by "
-                    "8.0 points. Prune later, or drop everything.")
-
-
-def test_no_advice_to_drop_everything_where_one_method_is_worth_it(capsys):
-    said = verdict(capsys, row("none", 20, 75.7, minus_unpruned=BELOW),
-                   row("dart", 20, 68.5, BELOW, ABOVE), row("fastv", 20, 62.6, SAME, BELOW))
-    assert said == ("mme: layer 20 is before the horizon: 1 of 2 methods loses to random, by 8.0 "
-                    "points; 1 of 2 methods beats dropping every visual token, by 15.0 points and "
-                    "1 of 2 methods loses to dropping every visual token, by 8.0 points.")
 
 
 def test_of_a_few_images_no_interval_is_read(capsys):
@@ -168,22 +163,18 @@ def test_of_a_few_images_no_interval_is_read(capsys):
     assert "mine: 9 images: no intervals" in capsys.readouterr().out
 
 
-def test_one_method_against_itself_has_no_verdict(capsys):
-    assert verdict(capsys, row("random", 20, 52.9, None, BELOW)) == ""
-    assert verdict(capsys, row("dart", 2, 60.0, ABOVE), row("dart", 9, 60.0, ABOVE)) == ""
-
-
 # ---- a sweep -------------------------------------------------------------------------------------
 
 def test_a_sweep_shows_a_column_a_method_and_a_row_a_layer(capsys):
+    """A dash where a method cannot act; at layer 0 none is no image."""
     report.print_sweep("mme", [
         row("unpruned", None, 95), row("no image", 0, 50), row("none", 1, 45), row("none", 2, 90),
-        row("random", 1, 40), row("random", 2, 90), row("dart", 1, 60), row("dart", 2, 90),
-        row("info", 1, 90), row("info", 2, 90)])
+        row("random", 0, 55), row("random", 1, 40), row("random", 2, 90), row("dart", 1, 60),
+        row("dart", 2, 90), row("info", 1, 90), row("info", 2, 90)])
     assert capsys.readouterr().out.startswith(
         "| mme, layer | none | random | dart | info |\n|---:|---:|---:|---:|---:|\n"
         "| unpruned | 95.0 | 95.0 | 95.0 | 95.0 |\n| no image | 50.0 | 50.0 | 50.0 | 50.0 |\n"
-        "| 1 | 45.0 | 40.0 | 60.0 | 90.0 |\n")
+        "| 0 | 50.0 | 55.0 | - | - |\n| 1 | 45.0 | 40.0 | 60.0 | 90.0 |\n")
 
 
 def test_a_sweep_says_where_methods_are_worth_their_tokens(capsys):
@@ -199,13 +190,6 @@ def test_a_sweep_says_where_methods_are_worth_their_tokens(capsys):
     report.print_sweep_verdict("mme", rows[:4])
     assert "no method's tokens are shown to be worse than none at any layer" in (
         capsys.readouterr().out)
-
-
-def test_a_layer_no_method_can_act_at_shows_a_dash(capsys):
-    report.print_sweep("mme", [row("unpruned", None, 95), row("no image", 0, 50),
-                               row("random", 0, 55), row("random", 1, 60), row("none", 1, 50),
-                               row("dart", 1, 61)])
-    assert "| 0 | 50.0 | 55.0 | - |\n| 1 | 50.0 | 60.0 | 61.0 |\n" in capsys.readouterr().out
 
 
 def test_methods_stop_beating_random_after_the_last_whole_interval_above_it():
