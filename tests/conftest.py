@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest  # noqa: E402
 
-from support import checkpoint  # noqa: E402
+from support import checkpoint, run as support_run  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,3 +49,18 @@ def run():
             main([str(arg) for arg in [*argv, "--out", out]])
         return printed.getvalue(), json.loads((Path(out) / "result.json").read_text())
     return run_program
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """started(main, *argv) -> the exit code of the program, 0 where it returns."""
+    monkeypatch.setattr(support_run.signal, "signal", lambda *_: None)
+
+    def start(main, *argv):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
+        try:
+            support_run.start(main)
+        except SystemExit as e:
+            return e.code
+        return 0
+    return start
