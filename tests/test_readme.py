@@ -2,26 +2,21 @@
 import json
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from official import official_files
 
-import bench
-import demo
-import eval as evaluation
-import information
 from support.run import ROOT
 
 TINY = ROOT / "tiny"
 READMES = [ROOT / "README.md", TINY / "README.md", ROOT / "tests" / "README.md"]
-PROGRAMS = {"bench.py": bench, "demo.py": demo, "eval.py": evaluation,
-            "information.py": information}
 # behind the flags of a command, to make it small: the last of a flag counts
-SMALL = {"bench.py": "--rounds 1 --layer 22 --method random",
-         "demo.py": "--layer 22 --max-new-tokens 1",
-         "eval.py": "--limit 1 --seeds 1 --max-new-tokens 1",
-         "information.py": "--limit 1 --layer 22 --window 4 --max-new-tokens 1"}
+SMALL = {"bench": "--rounds 1 --layer 22 --method random",
+         "demo": "--layer 22 --max-new-tokens 1",
+         "eval": "--limit 1 --seeds 1 --max-new-tokens 1",
+         "information": "--limit 1 --layer 22 --window 4 --max-new-tokens 1"}
 # begins with -> why no test of this file runs it
 NOT_HERE = {
     "python3 -m venv": "installs packages; .ci/run does it",
@@ -48,40 +43,28 @@ def commands() -> list[str]:
             if not command.startswith(tuple(NOT_HERE))]
 
 
-def program_and_flags(command: str) -> tuple[str, list[str]]:
-    """torchrun's processes are those of test_runs.py: here it is one."""
-    _, program, rest = re.fullmatch(r"(python|torchrun .*?) (\S+\.py)(.*)", command).groups()
-    flags = shlex.split(rest)
-    flags += shlex.split(SMALL[program]) + ["--out", "out"]
-    if program == "eval.py" and "--schedule" not in flags:
-        flags += ["--method", "dart,info"]              # all of them: test_eval.py
-        if re.search(r"--layer (all|\d+,)", command):
-            flags += ["--layer", "2,20"]
-    return program, flags
-
-
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    """A folder with what the commands name: a checkpoint and benchmarks, small ones."""
-    monkeypatch.chdir(tmp_path)
-    official_files(Path("benchmarks"))
-    Path("tiny").mkdir()                                # pictures are written there
-    Path("llava-1.5-7b-hf").symlink_to(TINY / "llava")
-    return tmp_path
-
-
 def test_there_are_commands():
     assert len(commands()) >= 8
 
 
 @pytest.mark.parametrize("command", commands())
-def test_every_command_runs(command, elsewhere, capsys):
-    """On the built-in models and made-up files where the real ones are not at hand."""
-    program, flags = program_and_flags(command)
-    PROGRAMS[program].main(flags)
+def test_every_command_runs(command, tmp_path, monkeypatch, capsys):
+    """On the built-in models and made-up files where the real ones are not at hand. torchrun's
+    processes are those of test_runs.py: here it is one."""
+    monkeypatch.chdir(tmp_path)
+    official_files(Path("benchmarks"))
+    Path("tiny").mkdir()                                # pictures are written there
+    Path("llava-1.5-7b-hf").symlink_to(TINY / "llava")
+    _, program, rest = re.fullmatch(r"(python|torchrun .*?) (\S+)\.py(.*)", command).groups()
+    flags = [*shlex.split(rest), *SMALL[program].split(), "--out", "out"]
+    if program == "eval" and "--schedule" not in flags:
+        flags += ["--method", "dart,info"]              # all of them: test_eval.py
+        if re.search(r"--layer (all|\d+,)", command):
+            flags += ["--layer", "2,20"]
+    import_module(program).main(flags)
     assert "result: out/result.json" in capsys.readouterr().out
-    result = json.loads((elsewhere / "out" / "result.json").read_text())
-    assert result["command"].startswith(program)
+    result = json.loads(Path("out/result.json").read_text())
+    assert result["command"].startswith(f"{program}.py")
 
 
 @pytest.mark.parametrize("file", READMES, ids=lambda file: str(file.relative_to(ROOT)))
