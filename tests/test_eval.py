@@ -11,7 +11,7 @@ from support.benchmarks import Question, images_of, load_benchmark
 from support.checkpoint import read_config
 from support.files import read_image
 from support.run import ROOT, read_records
-from support.statistics import standard_error
+from support.statistics import paired_difference, standard_error
 from tokprune import METHODS, Decoding, InputError, Method, decode, flops, prefill, take_turns
 
 TINY = ROOT / "tiny"
@@ -247,10 +247,16 @@ def test_builtin_model_reaches_its_bars_and_needs_the_image(unpruned, name):
         assert scores and np.mean(scores) >= 0.75, subtask
 
 
-def test_errors_are_clustered_by_image(unpruned):
+def test_errors_and_intervals_are_clustered_by_image(unpruned):
     result, records = unpruned["llava"]
     asked = flags.sample(load_benchmark("mme", TINY), 20, 0)
-    scores = np.array([100 * record["scores"]["none@0 seed 0"] for record in records["mme"]])
-    by_image = standard_error(scores, images_of(asked))
-    assert by_image != pytest.approx(standard_error(scores, np.arange(len(asked))), rel=0.1)
-    assert rows_of(result, "mme")["no image"]["standard_error"] == pytest.approx(by_image)
+    image = images_of(asked)
+    alone = np.arange(len(asked))
+    full, blind = (np.array([100 * record["scores"][key] for record in records["mme"]])
+                   for key in ("unpruned", "none@0 seed 0"))
+    by_image = standard_error(blind, image)
+    assert by_image != pytest.approx(standard_error(blind, alone), rel=0.1)
+    interval = list(paired_difference(blind, full, image))
+    assert interval != pytest.approx(paired_difference(blind, full, alone), rel=0.05)
+    row = rows_of(result, "mme")["no image"]
+    assert (row["standard_error"], row["minus_unpruned"]) == (by_image, interval)
