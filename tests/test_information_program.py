@@ -1,11 +1,11 @@
 """information.py as a program: maps, horizons, records; resumed, and without gold answers."""
-import json
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from official import lines
 
 import information
 from support import flags, run as support_run
@@ -30,21 +30,18 @@ def maps_of(out):
     return maps
 
 
-def drawn():
-    return flags.sample(load_benchmark("mme", ROOT / "tiny"), 1, 0)
-
-
 def test_maps_of_every_question_are_stored_and_averaged_in_the_table(measured):
     printed, result, out = measured
     maps = maps_of(out)
-    assert maps.keys() == {f"mme/{question.id}" for question in drawn()}
-    assert all(values.shape == (3, 4, 4) for values in maps.values())
+    asked = flags.sample(load_benchmark("mme", ROOT / "tiny"), 1, 0)
+    assert maps.keys() == {f"mme/{question.id}" for question in asked}
+    values = np.array(list(maps.values()))
+    assert values.shape == (2, 3, 4, 4)                 # questions, layers, windows
     rows = result["benchmarks"]["mme"]["information"]
     assert [row["layer"] for row in rows] == LAYERS
-    values = np.array([maps[f"mme/{question.id}"].reshape(3, -1) for question in drawn()])
-    means = values.mean((0, 2))
+    means = values.mean((0, 2, 3))
     assert [row["mean"] for row in rows] == pytest.approx(means, abs=1e-6)
-    spreads = values.std(2).mean(0)
+    spreads = values.std((2, 3)).mean(0)
     assert [row["spread"] for row in rows] == pytest.approx(spreads, abs=1e-6)
     mean = re.escape(f"{means[1]:+.4f}")
     assert re.search(rf"^\| 12 \| .* \| {mean} \| ", printed, re.M)
@@ -87,8 +84,6 @@ def test_of_ten_images_both_horizons_have_intervals():
         assert (found[rule]["layer"], found[rule]["low"], found[rule]["high"]) == (3, 2, 3), rule
     assert (found["score"]["half"], found["divergence"]["half"]) == (2, 1)
     assert found["score"]["unpruned"] == 100 and found["score"]["scores"] == [0, 0, 90, 100]
-    few = information.horizons_of(questions[:9], records[:9], 0.05, 0.05)
-    assert few["score"]["low"] is few["divergence"]["high"] is None
 
 
 def test_each_token_its_end_and_each_group_have_horizons():
@@ -117,11 +112,11 @@ def test_each_token_its_end_and_each_group_have_horizons():
 
 def test_only_questions_with_a_gold_answer_can_be_right(run, tmp_path):
     image = load_benchmark("mme", ROOT / "tiny")[0].image
-    questions = [{"id": "1", "image": str(image), "question": "Is it day?", "answers": ["maybe"],
-                  "metric": "exact"},
-                 {"id": "2", "image": str(image), "question": "What is it?"}]
     file = tmp_path / "mine.jsonl"
-    file.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    file.write_text(lines(
+        {"id": "1", "image": str(image), "question": "Is it day?", "answers": ["maybe"],
+         "metric": "exact"},
+        {"id": "2", "image": str(image), "question": "What is it?"}))
     printed, result = run(information.main, "--bench", file, "--answers", "own", "--layer", 20,
                           "--window", 8, out=tmp_path / "out")
     assert result["benchmarks"]["mine.jsonl"]["right"] == 0
@@ -146,7 +141,7 @@ def test_an_interrupted_run_measures_only_the_other_questions(run, measured, tmp
         information.main([*argv, "--out", str(tmp_path)])
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
     _, result = run(information.main, *argv, out=tmp_path)
-    assert len(calls) == 2 + len(drawn()) - 1
+    assert len(calls) == 3
     assert result["benchmarks"] == want["benchmarks"]
     again = maps_of(tmp_path)
     assert all(np.array_equal(values, again[key]) for key, values in maps_of(folder).items())
