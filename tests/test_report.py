@@ -83,20 +83,16 @@ def test_official_totals_and_the_first_schedule_get_columns_where_there_are_any(
     assert "| 928.75 | 0 | 928.75 |" in second and "| -10.0 [-12.0, -8.0] | 6 |" in second
 
 
-def test_odd_answers_are_counted_where_there_are_any(capsys):
+def test_odd_answers_and_first_tokens_that_are_spaces_are_said_where_there_are_any(capsys):
     rows = [row("unpruned", None, 95.0) | {"schedule": ""}, row("dart", 20, 61.0)]
     report.print_odd("mme", rows)
+    report.print_space("textvqa", 0, 40)
     assert capsys.readouterr().out == ""
     rows[1] |= {"empty": 1, "overlong": 4}
     report.print_odd("mme", rows)
     assert capsys.readouterr().out == (
         "mme, empty answers: dart@20:0.9 1\n\n"
         "mme, answers that begin with a right one and go on: dart@20:0.9 4\n\n")
-
-
-def test_answers_whose_first_token_is_a_space_are_said(capsys):
-    report.print_space("textvqa", 0, 40)
-    assert capsys.readouterr().out == ""
     report.print_space("textvqa", 3, 40)
     assert "target first says nothing about 3 of 40 answers" in capsys.readouterr().out
 
