@@ -82,6 +82,8 @@ def test_of_ten_images_both_horizons_have_intervals():
     found = information.horizons_of(questions, records, tolerance=0.05, threshold=0.05)
     for rule in ("score", "divergence"):
         assert (found[rule]["layer"], found[rule]["low"], found[rule]["high"]) == (3, 2, 3), rule
+        share = np.mean(np.array(found[rule]["draws"]) == 2)
+        assert share == pytest.approx(0.9 ** 10, abs=0.05)      # 2,000 draws: 0.01 is common
     assert (found["score"]["half"], found["divergence"]["half"]) == (2, 1)
     assert found["score"]["unpruned"] == 100 and found["score"]["scores"] == [0, 0, 90, 100]
 

@@ -2,7 +2,6 @@
 import numpy as np
 import pytest
 
-from information import horizon
 from support.statistics import (FEW, NOISE, gini, horizon_interval, information_by_layer,
                                 layer_without_information, paired_difference, standard_error)
 
@@ -16,23 +15,20 @@ def test_standard_error_counts_images_not_questions():
     assert standard_error(scores, pairs) == pytest.approx(of_images)
 
 
-def test_paired_interval_holds_the_mean_and_has_the_width_of_a_normal_one():
+def test_paired_interval_holds_the_mean_and_has_the_width_of_a_normal_one_over_images():
+    """Where four questions share an image, it is twice as wide."""
     rng = np.random.default_rng(1)
     a = rng.random(200)
     b = rng.random(200)
-    mean, low, high = paired_difference(a, b, np.arange(200))
+    alone = np.arange(200)
+    mean, low, high = paired_difference(a, b, alone)
     assert mean == pytest.approx((a - b).mean()) and low < mean < high
     width = 2 * 1.96 * (a - b).std() / 200 ** 0.5
     assert high - low == pytest.approx(width, rel=0.1)          # 2,000 draws: 4 % is common
-    assert paired_difference(a, a, np.arange(200)) == (0, 0, 0)
-
-
-def test_paired_interval_is_wider_where_questions_share_an_image():
-    rng = np.random.default_rng(1)
+    assert paired_difference(a, a, alone) == (0, 0, 0)
     of_image = rng.random(50).repeat(4)
-    zero = np.zeros(200)
-    _, low, high = paired_difference(of_image, zero, np.arange(200))
-    _, lower, higher = paired_difference(of_image, zero, np.arange(50).repeat(4))
+    _, low, high = paired_difference(of_image, 0 * a, alone)
+    _, lower, higher = paired_difference(of_image, 0 * a, np.arange(50).repeat(4))
     assert higher - lower == pytest.approx(2 * (high - low), rel=0.15)    # of 2,000 draws, twice
 
 
@@ -62,20 +58,6 @@ def test_a_draw_of_images_counts_each_by_its_number_of_questions():
     assert found["layer"] == 10
     assert found["low"] < 10 < found["high"] < 35
     assert np.median(found["draws"]) == pytest.approx(10, abs=2)    # images differ in size
-
-
-def test_a_horizon_moves_with_the_images_that_a_draw_misses():
-    """Ten images of two questions. From layer 2 on one image is lost, from layer 3 on none: draws
-    without that image put the horizon at 2."""
-    image = np.arange(10).repeat(2)
-    curves = np.ones((20, 5))                                   # unpruned, layers 0 to 3
-    curves[:, 1:3] = 0
-    curves[image == 0, 3] = 0
-
-    found = horizon_interval(curves, image, lambda curve: horizon(curve[1:], curve[0], 0.01))
-    assert (found["layer"], found["low"], found["high"]) == (3, 2, 3)
-    share = np.mean(np.array(found["draws"]) == 2)
-    assert share == pytest.approx(0.9 ** 10, abs=0.05)          # 2,000 draws: 0.01 is common
 
 
 # ---- information ---------------------------------------------------------------------------------
