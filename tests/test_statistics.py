@@ -47,17 +47,17 @@ def test_under_ten_images_there_is_no_interval():
 def test_a_draw_of_images_counts_each_by_its_number_of_questions():
     """Images of nine questions lose all, images of one win all: the mean over questions is -0.8,
     the mean of the images' means 0. A bootstrap that averaged those would lie around 0. The rule of
-    the horizon reads the mean off in hundredths: 10 of 100 questions are right."""
+    the horizon reads the mean off in hundredths: 90 of 100, and of no draw more than all."""
     sizes = [9] * 10 + [1] * 10
     image = np.repeat(np.arange(20), sizes)
     scores = np.repeat([0.0] * 10 + [1.0] * 10, sizes)
     mean, low, high = paired_difference(scores, 1 - scores, image)
     assert mean == pytest.approx(-0.8)
     assert -1 <= low < -0.8 < high < -0.4
-    found = horizon_interval(scores[:, None], image, lambda curve: round(100 * float(curve[0])))
-    assert found["layer"] == 10
-    assert found["low"] < 10 < found["high"] < 35
-    assert np.median(found["draws"]) == pytest.approx(10, abs=2)    # images differ in size
+    found = horizon_interval(1 - scores[:, None], image, lambda curve: round(100 * float(curve[0])))
+    assert found["layer"] == 90
+    assert 65 < found["low"] < 90 < found["high"] <= 100
+    assert np.median(found["draws"]) == pytest.approx(90, abs=2)    # images differ in size
 
 
 # ---- information ---------------------------------------------------------------------------------
