@@ -367,7 +367,8 @@ def test_a_run_has_another_folder_only_if_its_answers_may_differ(code):
     long = SimpleNamespace(out=None, model=ROOT / ("\u732b" * 85), command="eval.py")
     assert support_run.open_folder(long, before).name.startswith("eval-" + "\u732b" * 33 + "-")
     others = {"support/report.py", "demo.py", "model_qwen.py"}
-    for name in (*others, "tokprune.py", "eval.py", "model_llava.py", "support/benchmarks.py"):
+    for name in (*others, "tokprune.py", "eval.py", "information.py", "model_llava.py",
+                 "support/benchmarks.py", "support/files.py", "support/image.py"):
         decides = name not in others
         with (code / name).open("a") as file:
             file.write("# a comment\n")
