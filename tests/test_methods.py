@@ -117,7 +117,7 @@ def test_sparsevlm_merges_as_the_authors_code_does(case):
         assert all(equal(torch.randperm(len(x), generator=g)) for _ in range(10))
 
 
-# ---- by hand and by brute force ------------------------------------------------------------------
+# ---- by hand --------------------------------------------------------------------------------------
 
 def test_attention_rows_equal_the_full_causal_softmax():
     """4 query heads on 2 key heads, and queries of the last 6 of 9 rows."""
@@ -148,71 +148,16 @@ def test_grid_is_evenly_spaced():
     assert kept_by("grid", view, 1) == [5]
 
 
-def test_fastv_by_hand():
-    """Two heads disagree; the mean decides: .3, .15, .25. Row 5 is the last prompt token."""
-    probabilities = torch.tensor([[[.1, .5, .1, .1, .1, .1]], [[.1, .1, .2, .4, .1, .1]]])
-
-    def attention(rows):
-        assert rows.tolist() == [5]
-        return probabilities
-    view = View(1, (1, 3), x=torch.zeros(6, 4), attention=attention)
-    assert kept_by("fastv", view, 1) == [0]
-    assert kept_by("fastv", view, 2) == [0, 2]
-
-
-def test_divprune_by_hand():
-    """Directions in degrees: 200 is farthest from its nearest; 10 is 170 away from it; then 90 is
-    80 away from both."""
-    angle = torch.tensor([0., 10., 35., 90., 200.]).deg2rad()
-    view = View(0, (0, 5), x=torch.stack([angle.cos(), angle.sin()], 1))
-    assert kept_by("divprune", view, 1) == [4]
-    assert kept_by("divprune", view, 2) == [1, 4]
-    assert kept_by("divprune", view, 3) == [1, 3, 4]
-
-
-def test_scope_equals_brute_force():
-    g = generator(4)
-    x = torch.randn(10, 5, generator=g)
-    saliency = torch.rand(10, generator=g)
-    f = x / x.norm(dim=1, keepdim=True)
-    similarity = (f @ f.T).tolist()
-    picked = []
-
-    def coverage(tokens):
-        return sum(max([0, *(similarity[i][j] for j in tokens)]) for i in range(10))
-
-    def gain(j):
-        return (coverage([*picked, j]) - coverage(picked)) * saliency[j].item()
-    for _ in range(5):
-        picked.append(max((j for j in range(10) if j not in picked), key=gain))
-    view = View(0, (0, 10), x=x, saliency=lambda: saliency)
-    assert kept_by("scope", view, 5) == sorted(picked)
-
-
-# Six visual tokens between a text token and another. By the norm of their keys the visual pivots
-# are tokens 0 to 3, which point to 0 degrees, and the first of them chooses one of tokens 4 and 5.
-DART_KEYS = torch.tensor([[0.], [9.], [8.], [7.], [6.], [1.], [1.], [5.]])
-
-
-def directions(*degrees):
-    angle = torch.tensor(degrees).deg2rad()
-    return torch.stack([angle.cos(), angle.sin()], 1)
-
-
-def test_dart_by_hand():
-    """170 degrees are less like 0 than 60. Fewer than 4 tokens are the first pivots."""
-    hidden = directions(0., 0., 0., 0., 0., 60., 170., 160.)
-    view = View(1, (1, 6), x=hidden, keys=DART_KEYS, normed=lambda: hidden)
-    assert kept_by("dart", view, 3) == [0, 1, 2]
-    assert kept_by("dart", view, 5) == [0, 1, 2, 3, 5]
-
-
 def test_dart_compares_the_normed_hidden_states():
-    """Before the norm, token 4 is the less similar one; behind it, token 5."""
-    raw = directions(0., 0., 0., 0., 0., 180., 0., 0.)
-    normed = directions(0., 0., 0., 0., 0., 0., 180., 0.)
-    view = View(1, (1, 6), x=raw, keys=DART_KEYS, normed=lambda: normed)
+    """Six visual tokens between two text tokens. By the norm of their keys the visual pivots are
+    tokens 0 to 3, and the first of them chooses: token 4 is unlike it before the norm, token 5
+    behind it. The text token would choose token 4. Fewer than 4 tokens are the first pivots."""
+    keys = torch.tensor([[0.], [9.], [8.], [7.], [6.], [1.], [1.], [5.]])
+    raw = torch.tensor([[1.], [1.], [1.], [1.], [1.], [-1.], [1.], [1.]])
+    normed = torch.tensor([[1.], [1.], [1.], [1.], [1.], [1.], [-1.], [-1.]])
+    view = View(1, (1, 6), x=raw, keys=keys, normed=lambda: normed)
     assert kept_by("dart", view, 5) == [0, 1, 2, 3, 5]
+    assert kept_by("dart", view, 3) == [0, 1, 2]
 
 
 def raters_of(visual, text):
