@@ -1,4 +1,5 @@
 """Properties of pruning, for every method and three that a fork might add, on small checkpoints."""
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,9 @@ from checkpoints import MODULES, ONE_OF_EACH, decoder_of, load
 from samples import QUESTIONS, images
 
 import eval as evaluation
+import information
 import tokprune
-from tokprune import METHODS, InputError, Method, causal_mask, keep, prune, with_room
+from tokprune import METHODS, InputError, Method, keep, prune, with_room
 
 IMAGE = images()["whole"]
 
@@ -215,10 +217,6 @@ def test_a_stream_with_room_goes_on_as_one_without(model, start):
         assert kv.keys_room.shape[2] == 2 * kv.rows - 1
 
 
-def test_rows_behind_a_cache_see_it_and_themselves():
-    assert causal_mask(2, 4, torch.device("cpu")).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-
-
 def test_pruned_tokens_are_not_kept_alive_by_views(model, start, reached):
     """The cache after pruning owns exactly the bytes of what it holds."""
     stream = model.run(prune(model, reached, FREE[0], 4))
@@ -287,18 +285,11 @@ def test_none_keeps_nothing_whatever_it_is_asked_for(model, start, reached):
         assert model.run(pruned).x.equal(model.run(prune(model, stream, DRAWS, 0)).x)
 
 
-@pytest.mark.parametrize("lists", [{"method": ["grid"]}, {"method": "grid", "seed": [0, 1]}])
-def test_lists_of_another_length_than_the_variants_are_refused(model, reached, lists):
-    """One method for three variants ended in an IndexError; an assertion names both lengths."""
-    variants = tokprune.expand(reached, 3)
-    given = len(lists.get("seed", lists["method"]))
-    with pytest.raises(AssertionError, match=f"{given} .* for 3 variants"):
-        prune(model, variants, n=3, **lists)
-
-
-def test_colors_are_distinct():
-    colors = [method.color for method in METHODS.values()]
-    assert len(set(colors)) == len(colors)
+def test_an_entry_of_methods_can_be_typed_told_apart_drawn_and_measured():
+    for name, method in METHODS.items():
+        assert re.fullmatch(r"[\w-]+", name) and re.fullmatch("#[0-9a-f]{6}", method.color), name
+        assert method.measure in ("", *information.MEASURES), name
+    assert len({method.color for method in METHODS.values()}) == len(METHODS)
 
 
 def test_an_added_method_stands_in_the_table_and_what_draws_gets_several_seeds(run, tmp_path):
