@@ -98,27 +98,20 @@ def test_modes_and_targets_differ(model, start, answer):
     assert all((a - b).abs().max() > 3e-5 for i, a in enumerate(maps) for b in maps[:i])
 
 
-def calls_of_layers(model, work):
-    """Of every call of a layer: variants, rows, and rows in the cache."""
-    calls = []
+@pytest.mark.parametrize("mode", information.MODES)
+@pytest.mark.parametrize("bound", [1, 600])
+def test_no_batch_of_windows_is_larger_than_asked(model, start, bound, mode):
+    calls = []                      # of a layer: variants, rows, and rows in the cache
 
     def seen(module, args):
         past = args[2] if len(args) > 2 else None
         calls.append((*args[0].shape[:2], 0 if past is None else past.keys.shape[2]))
     hooks = [layer.register_forward_pre_hook(seen) for layer in decoder_of(model).layers]
-    work()
+    token_information(model, start, "Y", [0, 1, 2], 2, mode, "first", bound)
     for hook in hooks:
         hook.remove()
-    return calls
-
-
-@pytest.mark.parametrize("bound", [1, 600])
-def test_no_batch_of_windows_is_larger_than_asked(model, start, bound):
-    for mode in information.MODES:
-        calls = calls_of_layers(model, lambda: token_information(
-            model, start, "Y", [0, 1, 2], 2, mode, "first", bound))
-        assert all(B == 1 or B * (T + past) <= bound for B, T, past in calls)
-        assert any(B > 1 for B, _, _ in calls) == (bound > 1)
+    assert all(B == 1 or B * (T + past) <= bound for B, T, past in calls)
+    assert any(B > 1 for B, _, _ in calls) == (bound > 1)
 
 
 def test_batches_hold_every_pair_once_and_no_more_than_the_room():
@@ -131,30 +124,12 @@ def test_batches_hold_every_pair_once_and_no_more_than_the_room():
         assert (seen == 1).all()
 
 
-def test_a_variant_joins_the_batch_at_its_layer(model, start):
-    """Streams at layers 0 and 2, two windows each: by layer, then by window."""
-    L = model.num_layers
-    *streams, full = information.inputs_of_layers(model, {0: start}, [2, 0, L]).values()
-    kept = torch.tensor([[0, 1], [4, 6]])
-    ends = information.run_together(model, streams, full, 0, kept)
-    for row, (stream, tokens) in enumerate((s, t) for s in streams for t in kept):
-        want = model.run(keep(stream, tokens))
-        torch.testing.assert_close(ends.x[row, -1], want.x[0, -1], rtol=0, atol=1e-4)
-
-
-def test_groups_of_windows_by_hand():
-    """3 x 4 tokens in windows of 2 x 2, the lower ones one row high: two groups in either mode.
-    Leave-one-out does not compute again the strips of windows above the removed one."""
-    wide, narrow = information.groups_of_windows((3, 4), 2, "keep-one")
-    assert (wide.windows, wide.prefix) == ([0, 1], 0)
-    assert wide.kept.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    assert (narrow.windows, narrow.prefix) == ([2, 3], 0)
-    assert narrow.kept.tolist() == [[8, 9], [10, 11]]
-    upper, lower = information.groups_of_windows((3, 4), 2, "leave-one-out")
-    assert (upper.windows, upper.prefix) == ([0, 1], 0)
-    assert upper.kept.tolist() == [[2, 3, 6, 7, 8, 9, 10, 11], [0, 1, 4, 5, 8, 9, 10, 11]]
-    assert (lower.windows, lower.prefix) == ([2, 3], 8)
-    assert lower.kept.tolist() == [[2, 3], [0, 1]]
+def test_leave_one_out_does_not_compute_the_strips_above_the_removed_window_again():
+    """3 x 4 tokens in windows of 2 x 2, the lower ones one row high: two groups in either mode."""
+    for mode, prefix in (("keep-one", 0), ("leave-one-out", 8)):
+        upper, lower = information.groups_of_windows((3, 4), 2, mode)
+        assert (upper.windows, upper.prefix) == ([0, 1], 0)
+        assert (lower.windows, lower.prefix) == ([2, 3], prefix)
 
 
 def test_tokens_of_a_window_share_its_information():
@@ -203,11 +178,6 @@ def test_hindsight_is_the_attention_of_the_rows_that_write_the_answer(model, sta
         torch.testing.assert_close(seen[layer - 1], want, rtol=0, atol=1e-5)
 
 
-def close(got, want):
-    """Prompts together are summed in another order than one alone."""
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-
-
 def test_methods_are_given_what_they_are_said_to_need(model, start):
     asked = []
 
@@ -223,11 +193,11 @@ def test_methods_are_given_what_they_are_said_to_need(model, start):
     assert asked == [METHODS["info"], METHODS["info-turns"]]
     maps = token_information(model, start, "Y", [1, 2], 2, max_batch_tokens=300)
     for windows, layer in zip(maps, (1, 2)):
-        close(info[layer]["info"][0], information.per_token(windows, start.grid, 2))
-    each = token_information(model, start, "ab", [1], 1, target="each", max_batch_tokens=300)
-    close(info[1]["info-turns"][0], each[0].flatten(0, 1))
-    each = token_information(model, other, "ab", [1], 1, target="each", max_batch_tokens=300)
-    close(info[1]["info-turns"][1], each[0].flatten(0, 1))
+        want = information.per_token(windows, start.grid, 2)
+        torch.testing.assert_close(info[layer]["info"][0], want, rtol=0, atol=1e-5)
+    for prompt, got in zip((start, other), info[1]["info-turns"], strict=True):
+        [each] = token_information(model, prompt, "ab", [1], 1, target="each", max_batch_tokens=300)
+        torch.testing.assert_close(got, each.flatten(0, 1), rtol=0, atol=1e-5)
 
 
 def test_the_models_own_answer_is_measured_if_it_gives_one():
@@ -253,10 +223,9 @@ def test_horizon_is_the_first_layer_from_which_dropping_all_is_free(curve, full,
     assert information.horizon(curve, full, tolerance) == want
 
 
-@pytest.mark.parametrize("curve, want", [([5, 1, 0.009, 0.001], 2), ([5, 0.001, 1, 0.001], 3),
-                                         ([5, 1, 1, 1], 4), ([1, 8, 0.009, 0.001], 3),
-                                         ([1, 0.003], 2),
-                                         ([0, 0, 0], 0)])
+@pytest.mark.parametrize("curve, want", [
+    ([5, 1, 0.009, 0.001], 2), ([5, 0.001, 1, 0.001], 3), ([5, 1, 1, 1], 4),
+    ([1, 8, 0.009, 0.001], 3), ([1, 0.003], 2), ([0, 0, 0], 0)])
 def test_divergence_horizon_stays_under_a_share_of_layer_0(curve, want):
     assert information.divergence_horizon(curve, 0.002) == want
 
