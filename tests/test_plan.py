@@ -36,11 +36,6 @@ def test_p_values_and_intervals_are_those_of_a_table():
     assert share_interval(10, 10) == pytest.approx((0.6915, 1), abs=1e-4)
 
 
-def test_so_few_questions_promise_so_little():
-    assert plan.least_questions(0.05, 0.95) == 59 and plan.least_questions(0.02, 0.95) == 149
-    assert plan.least_loss(59, 0.95) < 0.05 < plan.least_loss(58, 0.95)
-
-
 def test_the_first_schedule_that_fails_ends_the_walk():
     assert plan.walk([0.01, 0.05, 0.06, 0.001], 0.95) == 2
     assert plan.walk([0.2, 0.0], 0.95) == 0 and plan.walk([], 0.95) == 0
@@ -58,13 +53,6 @@ def test_a_promise_is_broken_in_at_most_5_percent_of_the_draws():
 
 
 # ---- the search ----------------------------------------------------------------------------------
-
-def test_the_horizon_is_the_first_layer_from_which_on_the_loss_holds():
-    share = np.array([0.5, 0.1, 0.2, 0.1, 0.0])
-    assert plan.from_there_on(share <= 0.1) == 3
-    assert plan.from_there_on(share <= 0.6) == 0
-    assert plan.from_there_on(np.array([0.0, 0.2]) <= 0.1) == 2
-
 
 def test_more_careful_is_more_tokens_at_every_layer_by_no_other_method():
     careful = plan.more_careful(schedules_of("none@3", "dart@1:0.5 none@3", "grid@1:0.5 none@3",
@@ -138,7 +126,8 @@ def test_a_picture_is_in_one_part_and_is_tested_once():
     assert plan.split(questions_about(50), 0) == parts != plan.split(questions_about(50), 1)
 
 
-def test_too_few_questions_are_refused_with_how_many_it_takes():
+def test_too_few_questions_are_refused_with_how_many_it_takes_and_what_they_promise():
+    assert plan.least_loss(59, 0.95) < 0.05 < plan.least_loss(58, 0.95)
     plan.check_questions(59, ["mine"], 0.05, 0.95)
     with pytest.raises(InputError, match="wants 59 images.*about 99 in all; mine leaves 30; they "
                                          "could promise 0.10"):
@@ -260,36 +249,27 @@ def test_a_result_is_json_and_its_picture_marks_the_walk(tmp_path):
 # ---- the program ---------------------------------------------------------------------------------
 
 def test_an_answer_counts_as_changed_as_the_metric_reads_it():
-    """"Yes." is Yes to a metric; where there is none, it is another text."""
-    answers = {"unpruned": "Yes", "none@3": "Yes.", "none@2": "no"}
-    stream = SimpleNamespace(N=4, x=np.zeros((1, 9, 1)))
-
-    def record(gold, metric):
+    """"Yes." is Yes to a metric. Where there is none, or it cannot read it, it is another text."""
+    def record(answers, gold, metric):
+        answers = dict(zip(["unpruned", "none@3", "none@2"], answers, strict=True))
+        stream = SimpleNamespace(N=4, x=np.zeros((1, 9, 1)))
         return plan.record_of(Question("1", ROOT, "?", gold, metric), answers, stream)
-    assert record(["no"], "yesno")["changed"] == ["none@2"]
-    assert record(["no"], "yesno")["scores"] == {"unpruned": 0, "none@3": 0, "none@2": 1}
-    assert record([], "")["changed"] == ["none@3", "none@2"]
-    assert not record([], "")["gold"] and record([], "")["text_rows"] == 5
+    found = record(["Yes", "Yes.", "no"], ["no"], "yesno")
+    assert found["changed"] == ["none@2"]
+    assert found["scores"] == {"unpruned": 0, "none@3": 0, "none@2": 1}
+    found = record(["Yes", "Yes.", "no"], [], "")
+    assert found["changed"] == ["none@3", "none@2"]
+    assert not found["gold"] and found["text_rows"] == 5
+    found = record(["perhaps", "perhaps", "who knows"], ["Yes"], "yesno")
+    assert found["changed"] == ["none@2"]
 
 
-def test_an_answer_that_the_metric_cannot_read_is_compared_as_text():
-    stream = SimpleNamespace(N=4, x=np.zeros((1, 9, 1)))
-    answers = {"unpruned": "perhaps", "none@3": "perhaps", "none@2": "who knows"}
-    question = Question("1", ROOT, "?", ["Yes"], "yesno")
-    assert plan.record_of(question, answers, stream)["changed"] == ["none@2"]
-
-
-@pytest.fixture
-def small_search(monkeypatch):
-    """Two layers of two methods, so that the program runs in seconds."""
-    def two(L, horizon):
-        return schedules_of(f"grid@8:0.5 none@{min(horizon, L - 1)}", "divprune@20:0.5")
-    monkeypatch.setattr(plan, "coarse", two)
+def test_the_program_plans_resumes_and_needs_no_gold_answer(run, tmp_path, monkeypatch):
+    """On questions of one's own without answers and metric; the second run asks nothing anew. Two
+    layers of two methods are searched, so that it runs in seconds."""
+    monkeypatch.setattr(plan, "coarse", lambda L, horizon: schedules_of(
+        f"grid@8:0.5 none@{min(horizon, L - 1)}", "divprune@20:0.5"))
     monkeypatch.setattr(plan, "narrow", lambda schedules, L: [])
-
-
-def test_the_program_plans_resumes_and_needs_no_gold_answer(run, tmp_path, small_search):
-    """On questions of one's own without answers and metric; the second run asks nothing anew."""
     images = sorted((ROOT / "tiny" / "textvqa" / "train_images").iterdir())[:8]
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(json.dumps({"id": i, "image": str(image), "question": "What is it?"})
