@@ -36,10 +36,6 @@ def model(shape):
     return bench.made_up(shape, 3, "cpu", torch.float32)
 
 
-def begun(model):
-    return model.begin(bench.noise(model), bench.QUESTION)
-
-
 # ---- the clock, memory, rates --------------------------------------------------------------------
 
 def test_the_calls_take_turns_and_the_first_round_warms_up(monkeypatch):
@@ -95,7 +91,7 @@ def test_the_matrix_rate_is_of_random_numbers(monkeypatch):
 def test_the_cache_takes_the_bytes_of_the_formula_under_every_method(model):
     """Whole storages are counted: a view that kept pruned rows alive would show."""
     text = model.config.text
-    stream = begun(model)
+    stream = model.begin(bench.noise(model), bench.QUESTION)
     for method in bench.TIMED:
         schedule = [(1, method, 0.5), (2, method, 3)]
         rows = [stream.x.shape[1] - stream.N + V for V in visual_tokens(schedule, stream.N, 3)]
@@ -134,7 +130,7 @@ def test_questions_together_are_counted_a_question(model, monkeypatch):
     monkeypatch.setattr(model, "run", counted)
     monkeypatch.setattr(timing, "now", lambda device: rows[0])
     monkeypatch.setattr(bench, "device_rates", lambda like: (1, 1))
-    stream = begun(model)
+    stream = model.begin(bench.noise(model), bench.QUESTION)
     one, three = bench.measure(model, stream, [()], [1, 3], 1)["speed"]
     assert [one["name"], three["name"]] == ["unpruned", "unpruned, 3 together"]
     assert one["prefill_ms"]["median"] == three["prefill_ms"]["median"] == stream.x.shape[1]
@@ -155,7 +151,7 @@ def test_the_verdict_names_the_slowest_and_the_fastest_of_equal_cost(capsys):
 
 @pytest.mark.parametrize("shape", ["qwen3-8b"], indirect=True)
 def test_together_and_one_by_one_find_the_same(model):
-    stream = begun(model)
+    stream = model.begin(bench.noise(model), bench.QUESTION)
     rows = bench.time_sweep(model, stream, [(), ((1, "grid", 0.9),)], 1)
     assert [row["name"] for row in rows] == ["sweep", "information"]
     apart = bench.information_one_by_one(model, stream, "yes", [1])

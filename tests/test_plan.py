@@ -112,18 +112,15 @@ def test_neighbors_differ_in_one_thing():
         "grid@0:0.375 none@2", "grid@0:0.625 none@2", "grid@0:0.5 none@3", "grid@0:0.5 none@4"]
 
 
-def questions_about(images: int, of_each: int = 2) -> list[Question]:
-    return [Question(f"{image}/{i}", ROOT / f"{image}.png", "?", [], "") for image in range(images)
-            for i in range(of_each)]
-
-
 def test_a_picture_is_in_one_part_and_is_tested_once():
-    parts = plan.split(questions_about(50), 0)
+    questions = [Question(f"{image}/{i}", ROOT / f"{image}.png", "?", [], "")
+                 for image in range(50) for i in range(2)]
+    parts = plan.split(questions, 0)
     images = {name: {question.image for question in part} for name, part in parts.items()}
     assert [len(images[name]) for name in ("search", "test", "report")] == [10, 30, 10]
     assert len(set.union(*images.values())) == 50
     assert len(parts["test"]) == 30 and len(parts["search"]) == 20
-    assert plan.split(questions_about(50), 0) == parts != plan.split(questions_about(50), 1)
+    assert plan.split(questions, 0) == parts != plan.split(questions, 1)
 
 
 def test_too_few_questions_are_refused_with_how_many_it_takes_and_what_they_promise():

@@ -76,11 +76,6 @@ def info(start):
             for name, method in METHODS.items() if method.measure}
 
 
-def heads(model):
-    c = model.config.text
-    return c.num_attention_heads, c.num_key_value_heads, c.head_dim
-
-
 def close(got, want, tolerance=1e-4):
     """float32, another batch size or another shape of matrix product."""
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
@@ -220,12 +215,12 @@ def test_a_stream_with_room_goes_on_as_one_without(model, start):
 def test_pruned_tokens_are_not_kept_alive_by_views(model, start, reached):
     """The cache after pruning owns exactly the bytes of what it holds."""
     stream = model.run(prune(model, reached, FREE[0], 4))
-    _, G, D = heads(model)
+    text = model.config.text
     for layer, kv in enumerate(stream.cache):
         rows = stream.x.shape[1] if layer else start.x.shape[1]
         for tensor in (kv.keys, kv.values):
-            assert tensor.shape == (1, G, rows, D)
-            assert tensor.untyped_storage().nbytes() == G * rows * D * 4
+            assert tensor.shape == (1, text.num_key_value_heads, rows, text.head_dim)
+            assert tensor.untyped_storage().nbytes() == 4 * tensor.numel()
 
 
 @every_method
@@ -251,7 +246,8 @@ def test_a_view_shows_the_layer_before_and_the_tokens_that_are_left(request, mod
     view = tokprune.view_of(model, stream, 1, 3, info["info"])
     before = prune(model, reached, FREE[1], 7)
     layer = decoder_of(model).layers[1]
-    H, G, D = heads(model)
+    c = model.config.text
+    H, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     T = before.x.shape[1]
     y = layer.input_layernorm(before.x)
     rope = model.cos_sin(before.pos, torch.float32)
