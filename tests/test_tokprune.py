@@ -212,17 +212,6 @@ def test_a_stream_with_room_goes_on_as_one_without(model, start):
         assert kv.keys_room.shape[2] == 2 * kv.rows - 1
 
 
-def test_pruned_tokens_are_not_kept_alive_by_views(model, start, reached):
-    """The cache after pruning owns exactly the bytes of what it holds."""
-    stream = model.run(prune(model, reached, FREE[0], 4))
-    text = model.config.text
-    for layer, kv in enumerate(stream.cache):
-        rows = stream.x.shape[1] if layer else start.x.shape[1]
-        for tensor in (kv.keys, kv.values):
-            assert tensor.shape == (1, text.num_key_value_heads, rows, text.head_dim)
-            assert tensor.untyped_storage().nbytes() == 4 * tensor.numel()
-
-
 @every_method
 def test_a_method_that_needs_a_layer_or_a_measurement_says_so(model, start, reached, info, method):
     if METHODS[method].needs_layer:
