@@ -16,9 +16,9 @@ import demo
 from information import per_token, token_information
 from support import checkpoint, flags
 from support.files import read_image, read_json
-from support.page import (TEMPLATE, Measured, data_block, numbers, opening, page_of, write_page)
+from support.page import TEMPLATE, Measured, data_block, numbers, opening, page_of, write_page
 from support.run import ROOT
-from tokprune import METHODS, Decoding, InputError, decode, prefill, prune, view_of
+from tokprune import METHODS, Decoding, InputError, decode, prune, view_of
 
 EXPLORE = read_json(demo.EXPLORE)
 METHODS_SHOWN = [name for name, method in METHODS.items() if not method.needs_gold]
@@ -173,7 +173,6 @@ def test_what_the_guide_says_of_the_first_question_is_true(llava):
     layer 13. The page opens with the first step."""
     image, question, gold = asked(0)
     stream = llava.begin(image, question)
-    reached = llava.run(stream, stop=5)
     panels = demo.answer_with_each_method(llava, stream, METHODS_SHOWN, 5, 0.9)
     answers = {name: answer for name, answer, _ in panels}
     wrong = {name for name, answer in answers.items() if answer != gold} - {"none"}
@@ -183,11 +182,10 @@ def test_what_the_guide_says_of_the_first_question_is_true(llava):
     assert {10, 11, 12} < sets["fastv"] and not sets["random"] & word
     early, late = token_information(llava, stream, gold, [5, 18], window=2, target="answer")
     order = early.flatten().argsort(descending=True)
-    assert set(order[:2].tolist()) == {1, 2} and early.flatten()[order[:3]].tolist()[1] > 0.8
+    assert set(order[:2].tolist()) == {1, 2} and early.flatten()[order[1]] > 0.8
     assert early.flatten()[order[2]] < 0.06 and late.max() < 0.03
     assert demo.horizon_of_question(llava, stream, Decoding(8)) == 13
     assert "q=1&model=tiny/llava&layer=5&method=fastv&with=random" in EXPLORE["guide"][0]["state"]
-    assert prefill(llava, reached, [(5, "fastv", 0.9)]).origin[0].tolist() == sorted(sets["fastv"])
 
 
 def test_what_the_guide_says_of_qwen_is_true():
@@ -202,7 +200,6 @@ def test_what_the_guide_says_of_qwen_is_true():
 # ---- the file ------------------------------------------------------------------------------------
 
 def test_a_7b_question_is_under_250_kb_and_large_images_are_fluid_in_size():
-    """576 tokens, 32 layers, nine methods; 2,304 tokens stay under a megabyte."""
     sized = made_up(L=32, rows=24, cols=24, answers={
         name: [f"answer {i} {name}" for i in range(32)] for name in METHODS_SHOWN})
     assert len(METHODS_SHOWN) == 9
