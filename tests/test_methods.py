@@ -1,7 +1,6 @@
 """Each method equals its authors' function on recorded random tensors, and does by hand what its
 rule says."""
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -110,19 +109,6 @@ def test_sparsevlm_merges_as_the_authors_code_does(case):
 
 
 # ---- by hand -------------------------------------------------------------------------------------
-
-def test_attention_rows_equal_the_full_causal_softmax():
-    """4 query heads on 2 key heads, and queries of the last 6 of 9 rows."""
-    g = generator(0)
-    q = torch.randn(4, 9, 8, generator=g)
-    k = torch.randn(2, 9, 8, generator=g)
-    scores = q @ k.repeat_interleave(2, 0).transpose(1, 2) / math.sqrt(8)
-    later = ~torch.ones(9, 9).tril().bool()
-    full = scores.masked_fill(later, -math.inf).softmax(-1)
-    torch.testing.assert_close(tokprune.attention(q, k, torch.tensor([2, 8])), full[:, [2, 8]])
-    some = tokprune.attention(q[:, 3:], k, torch.tensor([0, 4]))
-    torch.testing.assert_close(some, full[:, [3, 7]])
-
 
 def test_random_is_uniform_over_tokens():
     """2,000 draws of 6 from 16: each token is expected 750 times, with a deviation of 21.7."""
