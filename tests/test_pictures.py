@@ -8,7 +8,7 @@ from PIL import Image
 
 from support import pictures
 from support.pictures import MARKS, SIDE, draw_signed, overlay, plot, plot_information, style_of
-from tokprune import METHODS, Method, uniform
+from tokprune import METHODS, InputError, Method, uniform
 
 WHITE = Image.new("RGB", (64, 64), "white")
 
@@ -139,6 +139,12 @@ def test_any_text_makes_a_picture_that_stands_alone(tmp_path, text):
         written = (tmp_path / f"{name}.svg").read_text()
         assert set(re.findall(r'(?:href="|url\()(#|data:|.{9})', written)) == {"#", "data:"}
     assert pictures.shortened("many\n words", 100, 20) == "many w ..."
+
+
+def test_a_file_that_cannot_be_written_is_named_in_one_line(tmp_path):
+    path = tmp_path / "no" / "folder.svg"
+    with pytest.raises(InputError, match=f"^{path}: cannot be written .*$"):
+        plot({"x": curve("dart", [50.0] * 12)}, path)
 
 
 # ---- the tokens kept of an image -----------------------------------------------------------------
