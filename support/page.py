@@ -62,13 +62,8 @@ def page_of(data: dict) -> str:
         [inside] = re.findall(f"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
         page = page.replace(f"{{hash of {kind}}}", f"'sha256-{digest}'")
-    before, after = page.split("{data}")
-    return before + as_json(data) + after
-
-
-def as_json(data: dict) -> str:
-    """Write JSON that can stand in a script element: no "<" in it can end the element."""
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    block = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return page.replace("{data}", block.replace("<", "\\u003c"))      # no "<" ends the element
 
 
 def data_block(questions: list[list[Measured]], about: str, guide: list[dict] = ()) -> dict:
