@@ -201,7 +201,8 @@ def measure_every_layer(model, image: Image.Image, question: str, gold: str | No
             last = torch.tensor([reached.x.shape[1] - 1])
             probability = view_of(model, reached, 0, seed).attention(last)      # (H, 1, T)
             attended[layer] = probability[:, 0, first:first + N].mean(0).cpu()
-        for batch in batches_that_keep_as_many(methods, layer):
+        able = [name for name in methods if layer > 0 or not METHODS[name].needs_layer]
+        for batch in grouped(able, lambda name: METHODS[name].keeps_none).values():
             pruned_stream = prefill(model, reached, [(layer, batch, ratio)], seed, info)
             found = decode(model, pruned_stream, *decoding)
             for name, answer, origin in zip(batch, found, pruned_stream.origin):
@@ -214,12 +215,6 @@ def measure_every_layer(model, image: Image.Image, question: str, gold: str | No
                     horizon=from_there_on([answer == unpruned for answer in answers["none"]]),
                     attention=attended,
                     information=information_of_answer(model, stream, unpruned))
-
-
-def batches_that_keep_as_many(methods: list[str], layer: int) -> list[list[str]]:
-    """Divide the methods that can act at a layer into those that keep none, and the others."""
-    able = [name for name in methods if layer > 0 or not METHODS[name].needs_layer]
-    return list(grouped(able, lambda name: METHODS[name].keeps_none).values())
 
 
 def information_of_answer(model, stream: Stream, answer: str) -> np.ndarray:
