@@ -341,21 +341,16 @@ def parse_arguments(argv: list[str]):
     if args.depth and not args.shape:
         raise InputError("--depth: goes with --shape")
     if args.shape:
-        check_shape(args, p)
+        for name in ("model", "min_pixels", "max_pixels"):      # would be ignored
+            if getattr(args, name) != p.get_default(name):
+                raise InputError(f"--{name.replace('_', '-')}: goes without --shape")
+        args.depth = args.depth or SHAPES[args.shape][1].text.num_hidden_layers
+        args.model = Path(args.shape)                           # names the run
     return args
 
 
 def sizes(text: str) -> list[int]:
     return [flags.whole(1)(part) for part in text.split(",")]
-
-
-def check_shape(args, p):
-    """Raise InputError for a flag that would be ignored. Complete --depth, and name the run."""
-    for name in ("model", "min_pixels", "max_pixels"):
-        if getattr(args, name) != p.get_default(name):
-            raise InputError(f"--{name.replace('_', '-')}: goes without --shape")
-    args.depth = args.depth or SHAPES[args.shape][1].text.num_hidden_layers
-    args.model = Path(args.shape)
 
 
 def schedules_of(args, L: int) -> list[tuple]:
