@@ -67,8 +67,7 @@ def page_of(data: dict) -> str:
 
 
 def data_block(questions: list[list[Measured]], about: str, guide: list[dict] = ()) -> dict:
-    """Return what page.html reads. An image that several questions or models share is in it once.
-    """
+    """Return what page.html reads. An image that questions or models share is in it once."""
     images = {}
     entries = []
     for models in questions:
@@ -105,7 +104,8 @@ def entry_of(measured: Measured) -> dict:
     methods = {}
     for name, row in measured.answers.items():
         number = [-1 if answer is None else said.index(answer) for answer in row]
-        methods[name] = {"said": number, "kept": bits(measured.kept[name])}
+        bits = np.packbits(measured.kept[name], axis=1)         # each layer begins a byte
+        methods[name] = {"said": number, "kept": base64.b64encode(bits).decode()}
     rows, cols = measured.grid
     return {"model": measured.model, "command": measured.command, "question": measured.question,
             "gold": measured.gold, "unpruned": measured.unpruned, "rows": rows, "cols": cols,
@@ -114,12 +114,6 @@ def entry_of(measured: Measured) -> dict:
             "right": [answer in measured.right for answer in said], "methods": methods,
             "information": numbers(measured.information, SCALES["information"]),
             "attention": numbers(measured.attention, SCALES["attention"])}
-
-
-def bits(kept: np.ndarray) -> str:
-    """Write (L, N) of bool as base64, eight tokens a byte, the first in the highest bit. Each layer
-    begins a byte."""
-    return base64.b64encode(np.packbits(kept, axis=1).tobytes()).decode()
 
 
 def numbers(values: np.ndarray, scale: int) -> str:
