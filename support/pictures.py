@@ -17,7 +17,7 @@ from PIL import Image
 
 from support.files import write_text
 from support.page import data_url
-from support.report import COST, interval_of, listed
+from support.report import COST, interval_of, layers_of, listed
 from tokprune import METHODS, parse_schedule
 
 INK = "#222222"
@@ -236,7 +236,7 @@ def plot(report: dict, path: Path):
     interval. Raises InputError.
     """
     every_row = [row for rows in report.values() for row in rows]
-    layers = sorted({row["layer"] for row in every_row if row["method"] in METHODS})
+    layers = layers_of(every_row)
     methods = {row["method"] for row in every_row}
     names = [name for name in (*REFERENCES, *METHODS) if name in methods]
     sheet, panels = panelled(list(report), HEIGHT, names)
