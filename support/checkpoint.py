@@ -402,12 +402,11 @@ def read_eos(path: Path, default: list[int]) -> set[int]:
     its text_config, else the default. Raises InputError."""
     config, raw = entries_of(path, "config.json")
     for file, entries in (entries_of(path, "generation_config.json"), (config, raw),
-                          (config, section(raw, "text_config", config))):
+                          (config, section(raw, "text_config", config)),
+                          (config, {"eos_token_id": default})):
         ids = entries.get("eos_token_id")
         if ids is not None:
             break
-    else:
-        ids = default
     if not isinstance(ids, list):
         ids = [ids]
     if not ids or not all(type(token) is int for token in ids):
