@@ -194,8 +194,7 @@ def check_entries(path: Path, rules: list[tuple]):
 
 
 def processor_rules(mean: tuple, std: tuple, **entries: list) -> list[tuple]:
-    """Return the rules of an image processor with that mean and std. entries: its own, and their
-    values."""
+    """Return the rules of an image processor with that mean and std, and its own entries."""
     values = {"image_mean": [list(mean)], "image_std": [list(std)], "rescale_factor": [1 / 255],
               "resample": [Image.BICUBIC], "do_resize": [True], "do_rescale": [True],
               "do_normalize": [True], "do_convert_rgb": [True]} | entries
@@ -203,9 +202,8 @@ def processor_rules(mean: tuple, std: tuple, **entries: list) -> list[tuple]:
 
 
 def check_template(path: Path, prompt: str):
-    """Raise InputError where the folder's chat template opens an answer, or a conversation, with
-    other words than the prompt: it is of a model that thinks first, or of another language model.
-    """
+    """Raise InputError where the folder's chat template opens an answer or conversation unlike the
+    prompt: it is of a model that thinks first, or of another language model."""
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja",
                  "tokenizer_config.json"):                          # transformers' order
         file = path / name
@@ -235,8 +233,7 @@ def check_template(path: Path, prompt: str):
 
 
 def strings_in(expression: re.Match) -> str:
-    """Return what a template's expression writes whatever its values are: the strings in it that
-    are no index."""
+    """Return what a template's expression always writes: the strings in it that are no index."""
     found = re.findall(r"""(?<!\[)(?:'([^']*)'|"([^"]*)")(?!\])""", expression[1])
     return "".join(one or other for one, other in found)
 

@@ -168,8 +168,7 @@ def decoding(args) -> Decoding:
 
 
 def at_once(args, variants: int):
-    """Return a function of a prompt's rows: how many prompts are answered together, where each has
-    so many variants at once."""
+    """Return a function of a prompt's rows: how many prompts, of so many variants, run together."""
     def prompts(rows: int) -> int:
         return max(1, min(args.batch, args.max_batch_tokens // (rows * variants)))
     return prompts
