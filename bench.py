@@ -42,7 +42,7 @@ MiB = 2 ** 20
 # ---- a model under schedules ---------------------------------------------------------------------
 
 def measure(model, stream, schedules: list[tuple], sizes: list[int], rounds: int) -> dict:
-    """Return {"matrix_flops", "copy_bytes", "reading_ms", "speed"}: what the device can do a second,
+    """Return {"matrix_flops", "copy_bytes", "reading_ms", "speed"}: what the device does a second,
     the time to read the weights that a decoded token needs, and a row for each schedule and number
     of questions together.
 
@@ -240,9 +240,8 @@ def their_decode(theirs, past, stream):
 # ---- the sweep and information, against doing each on its own ------------------------------------
 
 def time_sweep(model, stream, schedules: list[tuple], rounds: int) -> list[dict]:
-    """Time all schedules of a question in one pass against a pass each, and information at their
-    layers against a run of the whole prompt for each layer and window. Print and return the ratios.
-    """
+    """Time a question's schedules in one pass against a pass each, and information at their layers
+    against a run of the whole prompt for each layer and window. Print and return the ratios."""
     cells = [Cell("", schedule) for schedule in schedules]
     layers = sorted({layer for schedule in schedules for layer, _, _ in schedule})
     calls = {
