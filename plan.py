@@ -53,11 +53,6 @@ def least_loss(asked: int, confidence: float) -> float:
     return 1 - (1 - confidence) ** (1 / asked)
 
 
-def least_questions(loss: float, confidence: float) -> int:
-    """Return how many test questions a promise wants, if none of them changes."""
-    return math.ceil(math.log(1 - confidence) / math.log1p(-loss))
-
-
 # ---- the search ----------------------------------------------------------------------------------
 
 STEP = 0.1                              # of the unpruned model's cost
@@ -286,8 +281,9 @@ def main(argv: list[str]):
 
 
 def check_questions(tested: int, names: list[str], loss: float, confidence: float):
-    """Raise InputError if so few test questions cannot promise the loss."""
-    needed = least_questions(loss, confidence)
+    """Raise InputError if so few test questions cannot promise the loss, even if none changes."""
+    # (1 - loss) ** needed is at most 1 - confidence
+    needed = math.ceil(math.log(1 - confidence) / math.log1p(-loss))
     if tested < needed:
         images = math.ceil(needed / TESTED / (1 - SEARCHED))
         least = f"; they could promise {least_loss(tested, confidence):.2f}" if tested else ""
