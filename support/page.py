@@ -98,9 +98,8 @@ def data_url(image: Image.Image) -> str:
 def entry_of(measured: Measured) -> dict:
     """Return a question's part of the data block: answers by their number in `said`, sets of kept
     tokens as bits, other numbers as they are rounded on the page."""
-    answers = {"unpruned": [measured.unpruned], **measured.answers}
-    said = list(dict.fromkeys(answer for row in answers.values() for answer in row))
-    said = [answer for answer in said if answer is not None]
+    given = sum(measured.answers.values(), [measured.unpruned])
+    said = [answer for answer in dict.fromkeys(given) if answer is not None]
     methods = {}
     for name, row in measured.answers.items():
         number = [-1 if answer is None else said.index(answer) for answer in row]

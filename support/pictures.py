@@ -363,7 +363,6 @@ def draw_information(sheet: Sheet, left: float, top: float, rows: list[dict], ho
 
 
 def draw_dropped(sheet: Sheet, left: float, top: float, horizon: dict):
-    """Draw the score with every visual token dropped at a layer."""
     layers = range(len(horizon["scores"]))
     shares = 100 * np.array(horizon["scores"]) / (horizon["unpruned"] or 1)
     axes = Axes(sheet, left, top, 160, layers, min(0, shares.min()) - 4, max(100, shares.max()) + 4)
