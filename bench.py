@@ -316,7 +316,8 @@ def parse_arguments(argv: list[str]):
     group = p.add_argument_group("what is timed")
     flags.add_pruning_flags(group, TIMED, "2")
     either = group.add_mutually_exclusive_group()
-    either.add_argument("--batch", type=sizes, default=[1], metavar="N,N",
+    either.add_argument("--batch", default=[1], metavar="N,N",
+                        type=lambda text: [flags.whole(1)(part) for part in text.split(",")],
                         help="how many questions are answered together: 1,8 (default: 1)")
     either.add_argument("--sweep", action="store_true", help="time a sweep and information, each "
                         "together and one by one, instead of the table")
@@ -346,10 +347,6 @@ def parse_arguments(argv: list[str]):
         args.depth = args.depth or SHAPES[args.shape][1].text.num_hidden_layers
         args.model = Path(args.shape)                           # names the run
     return args
-
-
-def sizes(text: str) -> list[int]:
-    return [flags.whole(1)(part) for part in text.split(",")]
 
 
 def schedules_of(args, L: int) -> list[tuple]:
