@@ -202,6 +202,7 @@ def measure_every_layer(model, image: Image.Image, question: str, gold: str | No
             probability = view_of(model, reached, 0, seed).attention(last)      # (H, 1, T)
             attended[layer] = probability[:, 0, first:first + N].mean(0).cpu()
         able = [name for name in methods if layer > 0 or not METHODS[name].needs_layer]
+        # a batch keeps equally many: those that keep none are one of their own
         for batch in grouped(able, lambda name: METHODS[name].keeps_none).values():
             pruned_stream = prefill(model, reached, [(layer, batch, ratio)], seed, info)
             found = decode(model, pruned_stream, *decoding)
