@@ -3,7 +3,6 @@ run loses nothing, the processes of torchrun, where a result comes from, and the
 """
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -172,20 +171,12 @@ def write_result(out: Path, result: dict, as_json: bool):
     if RANK != 0:
         return
     file = out / "result.json"
-    result = only_numbers(result)
+    # what is not a finite number, which JSON lacks, becomes null
+    result = json.loads(json.dumps(result), parse_constant=lambda name: None)
     write_text(file, json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(f"result: {file}")
     if as_json:
         print(json.dumps(result, allow_nan=False))
-
-
-def only_numbers(value):
-    """Return the value with None in place of what is not a finite number, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: only_numbers(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [only_numbers(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- records -------------------------------------------------------------------------------------
