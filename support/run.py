@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib.metadata import version
@@ -265,11 +266,14 @@ def grouped(things, key) -> dict:
 
 
 def read_records(out: Path, benchmark: str) -> dict[str, dict]:
-    """Return the records of a benchmark that lie in a folder, by id.
+    """Return the records of a benchmark that lie in a folder, by id. Raises InputError."""
+    return {record["id"]: record for record, _ in all_records(out)
+            if record["benchmark"] == benchmark}
 
-    A last line that is cut off is not among them: its question is asked again. Raises InputError.
-    """
-    records = {}
+
+def all_records(out: Path) -> Iterator[tuple[dict, str]]:
+    """Yield each record that lies in a folder, and its line. A last line that is cut off is not
+    among them: its question is asked again. Raises InputError."""
     for file in answer_files(out):
         for number, line in enumerate(read_text(file).split("\n")[:-1], 1):
             try:
@@ -280,9 +284,7 @@ def read_records(out: Path, benchmark: str) -> dict[str, dict]:
             if not complete:
                 raise InputError(f"{file}: cannot be read as the answers of an earlier run; line "
                                  f"{number} is {line[:60]!r}")
-            if record["benchmark"] == benchmark:
-                records[record["id"]] = record
-    return records
+            yield record, line + "\n"
 
 
 def answer_files(out: Path) -> list[Path]:
@@ -293,13 +295,8 @@ def merge(out: Path, benchmark: str, questions: list, records: dict[str, dict]):
     """Make one file of the answers of all processes: other benchmarks' and other questions' lines
     as they are, then these, in the questions' order."""
     ids = {question.id for question in questions}
-    lines = []
-    for file in answer_files(out):
-        for line in read_text(file).splitlines(keepends=True):
-            if line.endswith("\n"):
-                record = json.loads(line)
-                if record["benchmark"] != benchmark or record["id"] not in ids:
-                    lines.append(line)
+    lines = [line for record, line in all_records(out)
+             if record["benchmark"] != benchmark or record["id"] not in ids]
     lines += [json.dumps(records[question.id]) + "\n" for question in questions
               if question.id in records]
     write_text(out / "answers.jsonl", "".join(dict.fromkeys(lines)))
