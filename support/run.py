@@ -367,10 +367,9 @@ def attempt(work, batch: list, images: list):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Tell whether memory ran out: torch has a type of its own for it on CUDA only."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
     message = "can't allocate memory|out of memory|ALLOC_FAILED"
-    return re.search(message, str(error)) is not None
+    return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or re.search(message, str(error)) is not None)
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -411,7 +410,6 @@ def progress(what: str, number: int, of: int, began: float, note: str = ""):
 def start(main):
     """Run main(argv), then exit with 0; or with 2 and one line on stderr for input that cannot be
     used, a signal, or memory that ran out."""
-    program = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, stop)                 # torchrun sends it when a process has died
     if RANK or sys.stdout is None:                      # one process speaks for all
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
@@ -424,24 +422,24 @@ def start(main):
         sys.stdout.flush()
     except (InputError, KeyboardInterrupt) as e:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        sys.exit(fail(program, str(e) or f"interrupted; {RESUMES}"))
+        fail(str(e) or f"interrupted; {RESUMES}")
     except OSError as e:
         if e.filename is None:                          # what is printed; it would be tried again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(e, BrokenPipeError):              # ... | head: nobody reads on
             sys.exit(128 + signal.SIGPIPE)
-        where = e.filename or "what is printed"
-        sys.exit(fail(program, f"{where}: cannot be read or written ({e.strerror})"))
+        fail(f"{e.filename or 'what is printed'}: cannot be read or written ({e.strerror})")
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
         message = str(e).split("\n")[0] or "MemoryError"
-        sys.exit(fail(program, f"memory ran out ({message})"))
+        fail(f"memory ran out ({message})")
 
 
-def fail(program: str, message: str) -> int:
-    print(f"{program}: error: {message}", file=sys.stderr)
-    return 2
+def fail(message: str):
+    """Exit with 2 and this message, as one line on stderr."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def stop(*_):
