@@ -101,17 +101,15 @@ def print_few(benchmark: str, images: int):
 def print_table(benchmark: str, rows: list[dict]):
     """Print a row for each schedule."""
     totals = [name for name in COLUMNS if name in rows[0]["totals"]]
-    compared = any(row["minus_first"] for row in rows)
-    heads = [benchmark, "score", "±", *totals, "- unpruned", "- random", "- none"]
-    if compared:
-        heads.append("- first")
-    print_heads([*heads, "kept", "mean tokens", "GFLOPs"])
+    others = ["unpruned", "random", "none"]
+    if any(row["minus_first"] for row in rows):
+        others.append("first")
+    print_heads([benchmark, "score", "±", *totals, *[f"- {other}" for other in others],
+                 "kept", "mean tokens", "GFLOPs"])
     for row in rows:
         cells = [row["method"], number(row["score"]), number(row["standard_error"])]
         cells += [total(row["totals"][name]) for name in totals]
-        cells += [difference(row[key]) for key in ("minus_unpruned", "minus_random", "minus_none")]
-        if compared:
-            cells.append(difference(row["minus_first"]))
+        cells += [difference(row[f"minus_{other}"]) for other in others]
         cells += [significant(row["kept"]), number(row["mean_visual_tokens"]),
                   significant(row["gflops"])]
         print_row(cells)
