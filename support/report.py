@@ -59,19 +59,16 @@ def at_layers(layers: list[int]) -> str:
     return f"at layer{'s' if len(layers) > 1 else ''} {listed(layers)}"
 
 
-def part_of(asked: int, known: int) -> str:
-    if asked < known:
-        return f"partial, {asked} of its {known} questions"
-    return f"all {known} questions"
-
-
 def print_asked(benchmark: str, questions: list, known: list, template: str) -> str:
     """Print how much of the benchmark is asked, and the first prompt, which is returned."""
     images = len({question.image for question in questions})
-    prompt = template.format(question=questions[0].prompt)
     count = f"{images} image" if images == 1 else f"{images} images"
-    asked = [part_of(len(questions), len(known)), count, *remarks(questions)]
-    print(f"\n{benchmark}: {', '.join(asked)}; the first prompt: {json.dumps(prompt)}\n")
+    part = f"all {len(known)} questions"
+    if len(questions) < len(known):
+        part = f"partial, {len(questions)} of its {len(known)} questions"
+    asked = ", ".join([part, count, *remarks(questions)])
+    prompt = template.format(question=questions[0].prompt)
+    print(f"\n{benchmark}: {asked}; the first prompt: {json.dumps(prompt)}\n")
     return prompt
 
 
