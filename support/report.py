@@ -134,12 +134,8 @@ def print_space(benchmark: str, space: int, asked: int):
 
 def compared_rows(rows: list[dict], key: str) -> list[dict]:
     """Return rows of methods that need nothing measured beforehand and are compared by that key."""
-    chosen = []
-    for row in rows:
-        method = METHODS.get(row["method"])
-        if method and not method.measure and row.get(key):
-            chosen.append(row)
-    return chosen
+    return [row for row in rows
+            if row["method"] in METHODS and not METHODS[row["method"]].measure and row[key]]
 
 
 def against(rows: list[dict], key: str) -> tuple[list[dict], list[dict]]:
