@@ -92,21 +92,15 @@ def information_by_layer(maps: list[np.ndarray], image: np.ndarray, layers: list
 
 
 def from_there_on(holds: list[bool]) -> int:
-    """Find the first layer from which on something holds at every layer: their number if at none.
-    """
-    layer = len(holds)
-    while layer > 0 and holds[layer - 1]:
-        layer -= 1
-    return layer
+    """Find the first layer from which on something holds at every layer: the one after the last
+    where it does not."""
+    return max((layer + 1 for layer, held in enumerate(holds) if not held), default=0)
 
 
 def mean_of_layer_1(rows: list[dict]) -> float | None:
     """Return layer 1's mean, since layer 0's can be far higher than any other's; None where layer 1
     was not measured."""
-    for row in rows:
-        if row["layer"] == 1:
-            return row["mean"]
-    return None
+    return next((row["mean"] for row in rows if row["layer"] == 1), None)
 
 
 def layer_without_information(rows: list[dict]) -> int | None:
