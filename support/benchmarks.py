@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,9 +77,7 @@ class Question:
         the best-scoring ones ("1,000", where `gold_normalized` is "1000")."""
         if self.metric != "vqa":
             return self.gold_normalized
-        best = max(self.points(answer) for answer in self.gold)
-        written = [answer for answer in self.gold if self.points(answer) == best]
-        return Counter(written).most_common(1)[0][0]
+        return max(self.gold, key=lambda answer: (self.points(answer), self.gold.count(answer)))
 
     def gold_for(self, target: str) -> str:
         """Return the gold answer whose information is measured: for "first", or for all of it."""
