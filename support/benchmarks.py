@@ -538,9 +538,7 @@ def score(answer: str, question: Question) -> tuple[str | None, float]:
     """
     parse = METRICS[question.metric]
     parsed = parse(answer)
-    agreeing = 0
-    if parsed is not None:
-        agreeing = sum(parse(gold) == parsed for gold in question.gold)
+    agreeing = sum(parse(gold) == parsed for gold in question.gold)
     if question.metric == "vqa":
         return parsed, min(1.0, round(0.3 * agreeing, 1))
     return parsed, float(agreeing > 0)
