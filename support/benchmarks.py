@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -102,9 +102,8 @@ YES_OR_NO = "Please answer yes or no."
 PICTURES = (".jpg", ".jpeg", ".png")
 
 
-def load_mme(paths: list[Path], style: str | None) -> list[Question]:
+def load_mme(paths: list[Path], style: str | None) -> Iterator[Question]:
     """Read a folder a subtask: in it, or in folders of it, a text of two lines for each image."""
-    questions = []
     for folder in paths:
         if folder.name in SUBTASKS and folder.is_dir():
             inside = [path for path in paths if folder in path.parents]
@@ -115,20 +114,16 @@ def load_mme(paths: list[Path], style: str | None) -> list[Question]:
                 if file is None or image is None:
                     raise InputError(f"{file or image}: is alone; want {stem}.txt and {stem}.jpg "
                                      "or .png")
-                questions += load_pair(folder.name, file, image)
-    return questions
+                yield from load_pair(folder.name, file, image)
 
 
-def load_pair(subtask: str, file: Path, image: Path) -> list[Question]:
-    questions = []
+def load_pair(subtask: str, file: Path, image: Path) -> Iterator[Question]:
     lines = [line.strip() for line in read_text(file).split("\n") if line.strip()]
     with as_published(file, lines):
         pair = [line.split("\t") for line in lines]
         for number, (text, answer) in zip((0, 1), pair, strict=True):
-            questions.append(Question(f"{subtask}/{file.stem}/{number}", image,
-                                      without_request(text) + SHORT, [answer], "yesno",
-                                      file, subtask))
-    return questions
+            yield Question(f"{subtask}/{file.stem}/{number}", image,
+                           without_request(text) + SHORT, [answer], "yesno", file, subtask)
 
 
 def without_request(text: str) -> str:
@@ -165,23 +160,21 @@ def mme_totals(questions: list[Question], scores: np.ndarray) -> dict:
 OCR = "\nReference OCR token: "
 
 
-def load_textvqa(paths: list[Path], style: str | None) -> list[Question]:
+def load_textvqa(paths: list[Path], style: str | None) -> Iterator[Question]:
     """Read TextVQA_0.5.1_val.json and train_images/; with style llava, OCR tokens in the prompt."""
     file = find(paths, "TextVQA_0.5.1_val.json")
     if file is None:
-        return []
+        return
     folder = find(paths, "train_images") or file.parent / "train_images"
     tokens = load_ocr(paths, file) if style == "llava" else {}
-    questions = []
     for entry in read_list(file, "data"):
         with as_published(file, entry):
             image_id = entry["image_id"]
             text = entry["question"].capitalize()
             if style == "llava":
                 text += OCR + tokens[image_id]
-            questions.append(Question(str(entry["question_id"]), folder / f"{image_id}.jpg",
-                                      text + SHORT, entry["answers"], "vqa", file))
-    return questions
+            yield Question(str(entry["question_id"]), folder / f"{image_id}.jpg", text + SHORT,
+                           entry["answers"], "vqa", file)
 
 
 def load_ocr(paths: list[Path], labels: Path) -> dict[str, str]:
@@ -236,16 +229,15 @@ def normalize(answer: str) -> str:
 LETTERS = "ABCDE"
 
 
-def load_scienceqa(paths: list[Path], style: str | None) -> list[Question]:
+def load_scienceqa(paths: list[Path], style: str | None) -> Iterator[Question]:
     """Read problems.json, pid_splits.json, and images as test/<id>/image.png."""
     file = find(paths, "problems.json")
     if file is None:
-        return []
+        return
     splits = find(paths, "pid_splits.json") or file.with_name("pid_splits.json")
     problems = read_json(file)
     image_of = by_name((path.parent.name, path) for path in paths
                        if path.name == "image.png" and path.parent.parent.name == "test")
-    questions = []
     for pid in read_list(splits, "test"):
         with as_published(file, pid):
             entry = problems[pid]
@@ -255,8 +247,7 @@ def load_scienceqa(paths: list[Path], style: str | None) -> list[Question]:
                 prompt = choice_prompt(entry["question"], entry["hint"], choices)
                 image = image_of.get(pid, file.parent / "test" / pid / "image.png")
                 gold = [letters[entry["answer"]]]
-                questions.append(Question(pid, image, prompt, gold, "choice", file))
-    return questions
+                yield Question(pid, image, prompt, gold, "choice", file)
 
 
 def choice_prompt(question: str, hint: str, choices: dict[str, str]) -> str:
@@ -281,24 +272,21 @@ def parse_choice(answer: str) -> str | None:
 POPE = ("random", "popular", "adversarial")
 
 
-def load_pope(paths: list[Path], style: str | None) -> list[Question]:
+def load_pope(paths: list[Path], style: str | None) -> Iterator[Question]:
     """Read coco_pope_{random,popular,adversarial}.json, JSON lines; images are COCO val2014's."""
     files = [f"coco_pope_{name}.json" for name in POPE]
     present = [path for path in paths if path.name in files]
     if not present:
-        return []
+        return
     image_of = by_name((path.name, path) for path in paths
                        if path.name.startswith("COCO_val2014_"))
-    questions = []
     for name, file_name in zip(POPE, files):
         file = find(paths, file_name) or present[0].with_name(file_name)
         for entry in read_lines(file).values():
             with as_published(file, entry):
                 image = image_of.get(entry["image"], file.parent / entry["image"])
-                questions.append(Question(f"{name}/{entry['question_id']}", image,
-                                          entry["text"] + SHORT, [entry["label"]], "pope", file,
-                                          name))
-    return questions
+                yield Question(f"{name}/{entry['question_id']}", image, entry["text"] + SHORT,
+                               [entry["label"]], "pope", file, name)
 
 
 def parse_pope(answer: str) -> str:
@@ -334,7 +322,7 @@ def pope_totals(questions: list[Question], scores: np.ndarray) -> dict:
 
 # ---- a file of your own --------------------------------------------------------------------------
 
-def load_jsonl(file: Path) -> list[Question]:
+def load_jsonl(file: Path) -> Iterator[Question]:
     """Read a question a line: id, image (a path from the file's folder), question (the whole
     prompt), answers (gold, as the model writes them: information measures these very tokens) and
     metric; or neither of these two, where nothing is scored. Raises InputError.
@@ -342,13 +330,11 @@ def load_jsonl(file: Path) -> list[Question]:
     metric: vqa (ten answers, soft accuracy), exact (GQA's equality), yesno (MME's rule), choice
     (ScienceQA's, the answer is a letter).
     """
-    questions = []
     for place, entry in read_lines(file).items():
         entry = require({"answers": [], "metric": ""} | entry, place, id="text or a whole number",
                         image="text", question="text", answers="a list", metric="text")
-        questions.append(Question(str(entry["id"]), on_disk(file.parent / entry["image"]),
-                                  entry["question"], entry["answers"], entry["metric"], file))
-    return questions
+        yield Question(str(entry["id"]), on_disk(file.parent / entry["image"]),
+                       entry["question"], entry["answers"], entry["metric"], file)
 
 
 def parse_exact(answer: str) -> str:
@@ -358,7 +344,7 @@ def parse_exact(answer: str) -> str:
 
 # ---- VLMEvalKit's TSVs: github.com/open-compass/VLMEvalKit, vlmeval/dataset ----------------------
 
-def load_tsv(file: Path) -> list[Question]:
+def load_tsv(file: Path) -> Iterator[Question]:
     """Read a TSV by its columns, whatever its name: options make a choice; else ten answers to each
     question TextVQA's, Yes or No to each MME's or POPE's; the rest is scored as exact.
 
@@ -371,7 +357,6 @@ def load_tsv(file: Path) -> list[Question]:
     without_options = metric_of([gold for gold, choices in zip(golds, options)
                                  if gold and not choices], rows)
     groups = groups_of(rows, without_options, any(options))
-    questions = []
     for row, gold, choices, group in zip(rows, golds, options, groups):
         if not choices.keys() <= set(LETTERS):
             raise InputError(f"{file}: question {row['index']} has options {', '.join(choices)}; "
@@ -387,9 +372,8 @@ def load_tsv(file: Path) -> list[Question]:
             prompt = text.capitalize() + SHORT
         else:
             prompt = without_request(text) + SHORT
-        questions.append(Question(row["index"], row["image"], prompt, gold, metric if gold else "",
-                                  file, group))
-    return questions
+        yield Question(row["index"], row["image"], prompt, gold, metric if gold else "", file,
+                       group)
 
 
 def rows_with_images(file: Path) -> list[dict]:
@@ -564,7 +548,7 @@ def load_benchmark(name: str, data: Path, style: str | None = None,
     paths = []
     if name in BENCHMARKS:
         paths = paths_under(data)
-        questions = BENCHMARKS[name](paths, style)
+        questions = list(BENCHMARKS[name](paths, style))
         for question in questions:
             question.image = Published(question.image)
     else:
@@ -572,7 +556,7 @@ def load_benchmark(name: str, data: Path, style: str | None = None,
             raise InputError(f"--prompt-style {style}: {name} has no OCR tokens; want the official "
                              "files, --bench textvqa")
         file = on_disk(Path(name))
-        questions = FILES[file.suffix.lower()](file)
+        questions = list(FILES[file.suffix.lower()](file))
     if not questions:
         what = f"--data {data}: no {name} found in it" if paths else f"{name}: no questions in it"
         raise InputError(what + unpacked(paths))
