@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib.metadata import version
@@ -247,18 +247,16 @@ def about(question, error: InputError) -> str:
     return f"{question.where} ({question.image}): {error}"
 
 
-def batches_of_equal_shape(questions: list, shapes: dict[str, tuple], at_once) -> list[list]:
+def batches_of_equal_shape(questions: list, shapes: dict[str, tuple], at_once) -> Iterator[list]:
     """Divide questions into batches that need no padding, in the order of their shapes."""
-    batches = []
     for (rows, *_), alike in grouped(questions, lambda question: shapes[question.id]).items():
         size = at_once(rows)
-        batches += [alike[i:i + size] for i in range(0, len(alike), size)]
-    return batches
+        for i in range(0, len(alike), size):
+            yield alike[i:i + size]
 
 
 def grouped(things, key) -> dict:
-    """Return the things that have the same key(thing) as a list, by that key; all in their order.
-    """
+    """Return the things of equal key(thing) as a list, by that key; all in their order."""
     groups = {}
     for thing in things:
         groups.setdefault(key(thing), []).append(thing)
@@ -323,7 +321,7 @@ def append(file: Path, record: dict):
 READERS = 4                             # threads that read images ahead of the model
 
 
-def read_ahead(model, batches: list[list]):
+def read_ahead(model, batches: Iterable[list]):
     """Yield each batch of questions and the futures of their images, preprocessed."""
     def prepare(question):
         return model.preprocess(read_image(question.image))
