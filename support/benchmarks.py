@@ -64,8 +64,7 @@ class Question:
         """The answer whose first token the paper measures: of ten, the best-scoring one after
         normalizing; else Yes or No, the letter, or the first answer."""
         if self.metric == "vqa":
-            normalized = [normalize(answer) for answer in self.gold]
-            normalized = [answer for answer in normalized if answer]    # "A" and "-" become ""
+            normalized = filter(None, map(normalize, self.gold))    # "A" and "-" become ""
             return max(normalized, key=self.points, default=self.gold[0].lower())
         if self.metric in ("yesno", "pope"):
             return self.gold[0].capitalize()
@@ -346,10 +345,8 @@ def parse_exact(answer: str) -> str:
 
 def load_tsv(file: Path) -> Iterator[Question]:
     """Read a TSV by its columns, whatever its name: options make a choice; else ten answers to each
-    question TextVQA's, Yes or No to each MME's or POPE's; the rest is scored as exact.
-
-    The prompts are those of the official files above, not VLMEvalKit's. Raises InputError.
-    """
+    question TextVQA's, Yes or No to each MME's or POPE's; the rest is scored as exact. The prompts
+    are those of the official files above, not VLMEvalKit's. Raises InputError."""
     rows = rows_with_images(file)
     golds = [parse_list(row.get("answer", "")) for row in rows]
     options = [{letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
@@ -482,9 +479,7 @@ COLUMNS = ("perception", "cognition", "sum", "F1", "precision", "recall", "yes",
 
 def official_totals(questions: list[Question], scores: np.ndarray) -> dict:
     """Return what the benchmark's paper reports beside the share of right answers, {} if nothing.
-
-    COLUMNS are the entries that a table shows. "complete": whether all its parts are there.
-    """
+    "complete": whether all its parts are there."""
     first = questions[0]
     if not first.group or first.metric not in TOTALS:
         return {}
@@ -493,10 +488,8 @@ def official_totals(questions: list[Question], scores: np.ndarray) -> dict:
 
 def remarks(questions: list[Question]) -> list[str]:
     """Return what a reader of their scores has to know: how many of MME's subtasks these are, other
-    prompts than the source's, images of a benchmark that a viewer shows otherwise.
-
-    The header of each image is read. Raises InputError.
-    """
+    prompts than the source's, images of a benchmark that a viewer shows otherwise, by their
+    headers. Raises InputError."""
     found = []
     groups = {question.group for question in questions}
     if groups <= set(SUBTASKS):

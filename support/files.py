@@ -105,9 +105,7 @@ END = "\x04"
 
 def read_tsv(file: Path) -> Iterator[tuple[int, int, dict[str, str]]]:
     """Yield each row of a TSV, {column: text}, behind its place in the file: first byte, bytes.
-
-    Raises InputError.
-    """
+    Raises InputError."""
     csv.field_size_limit(2 ** 31 - 1)                       # a cell may hold an image
     start = 0
     try:

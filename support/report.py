@@ -172,9 +172,8 @@ def side_of_horizon(rows: list[dict], layer: int, images: int) -> str:
 
     Where nothing is lost on n images, up to 3 / n of the score may still be (95 %).
     """
-    dropped = [row["minus_unpruned"] for row in rows
-               if row["method"] in ("none", "no image") and row["layer"] == layer]
-    _, low, high = dropped[0]
+    _, low, high = next(row["minus_unpruned"] for row in rows
+                        if row["method"] in ("none", "no image") and row["layer"] == layer)
     if high < 0:
         return f"layer {layer} is before the horizon"
     if low > -EQUAL and 300 / images <= EQUAL:
