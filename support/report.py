@@ -39,11 +39,10 @@ def difference(values) -> str:
     """Format mean and interval, as +1.0 [-0.5, +2.5]; the mean only where there is no interval."""
     if values is None:
         return "-"
-    mean, *interval = (None if value is None else round(value, 1) + 0.0 for value in values)
-    if None in interval:
-        return f"{mean:+.1f}"
-    low, high = interval
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    mean, low, high = values
+    if low is None:
+        return f"{mean:+z.1f}"                          # z: -0.0 becomes +0.0
+    return f"{mean:+z.1f} [{low:+z.1f}, {high:+z.1f}]"
 
 
 def listed(names: list) -> str:
