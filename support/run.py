@@ -193,9 +193,8 @@ def collect(out: Path, benchmark: str, questions: list, model, work, at_once) ->
     shapes = {question.id: shape_of(model, question) for question in questions}
     records = read_records(out, benchmark)
     known = gather(set(records))                        # a set of ids a process
-    missing = [question for question in questions
-               if not any(question.id in ids for ids in known)]
-    mine = missing[RANK::WORLD]
+    answered = set().union(*known)
+    mine = [question for question in questions if question.id not in answered][RANK::WORLD]
     file = out / ("answers.jsonl" if WORLD == 1 else f"answers.rank{RANK}.jsonl")
     remove_half_line(file)
     began = time.time()
