@@ -544,10 +544,10 @@ def load_benchmark(name: str, data: Path, style: str | None = None,
         questions = list(BENCHMARKS[name](paths, style))
         for question in questions:
             question.image = Published(question.image)
+    elif style:
+        raise InputError(f"--prompt-style {style}: {name} has no OCR tokens; want the official "
+                         "files, --bench textvqa")
     else:
-        if style:
-            raise InputError(f"--prompt-style {style}: {name} has no OCR tokens; want the official "
-                             "files, --bench textvqa")
         file = on_disk(Path(name))
         questions = list(FILES[file.suffix.lower()](file))
     if not questions:
