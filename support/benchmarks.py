@@ -396,6 +396,8 @@ def rows_with_images(file: Path) -> list[dict]:
             place = first.setdefault(digest, (start, size))
             row["image"] = Published(file, *place, list(row).index("image"), path)
             with_image[row["index"]] = row["image"]
+        else:
+            row["image"] = images[0]
         rows.append(row)
     for row in rows:
         index = row["image"]
@@ -551,8 +553,9 @@ def load_benchmark(name: str, data: Path, style: str | None = None,
         file = on_disk(Path(name))
         questions = list(FILES[file.suffix.lower()](file))
     if not questions:
-        what = f"--data {data}: no {name} found in it" if paths else f"{name}: no questions in it"
-        raise InputError(what + unpacked(paths))
+        if name not in BENCHMARKS:
+            raise InputError(f"{name}: no questions in it")
+        raise InputError(f"--data {data}: no {name} found in it{unpacked(paths)}")
     first = {}
     for question in questions:
         twin = first.setdefault(question.id, question)

@@ -92,6 +92,13 @@ ENTRY = {"question": "?", "question_id": 7, "image_id": "1", "answers": ["a"] * 
 BAD = ": not as published: "
 
 
+def test_an_empty_folder_holds_none_of_the_benchmarks(tmp_path):
+    """It was said of mme that it has no questions."""
+    for name in BENCHMARKS:
+        with pytest.raises(InputError, match=f"^--data {tmp_path}: no {name} found in it$"):
+            load_benchmark(name, tmp_path)
+
+
 @pytest.mark.parametrize("change, message", [
     (remove("MME/OCR/0001.jpg"), "0001.txt: is alone; want 0001.txt and 0001.jpg"),
     (edit("MME/OCR/0002.jpg", "x"), "0002.jpg: is alone"),

@@ -49,10 +49,10 @@ def totals(questions, *answers):
 
 
 def test_mmes_pairs_share_an_image_and_get_the_official_totals(tmp_path):
-    """The second row of a pair refers to the first one's image; one image under two names is two
-    pairs."""
+    """The second row of a pair refers to the first one's image, in a cell with a space too; one
+    image under two names is two pairs."""
     end = " Please answer yes or no."
-    rows = [{"index": i, "image": [RED, str(i - 1)][i % 2], "image_path": f"{i // 2}.jpg",
+    rows = [{"index": i, "image": [RED, f"{i - 1} "][i % 2], "image_path": f"{i // 2}.jpg",
              "question": f"{i}? {end}", "answer": ["Yes", "No"][i % 2], "category": category}
             for i, category in enumerate(["OCR"] * 4 + ["posters"] * 2)]
     rows[4]["image"] = BLUE
