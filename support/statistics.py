@@ -105,9 +105,9 @@ def mean_of_layer_1(rows: list[dict]) -> float | None:
 
 def layer_without_information(rows: list[dict]) -> int | None:
     """Return the first layer from which on the mean stays under 1 % of layer 1's; None if layer 1
-    was not measured or its mean is not above 0, or if there is some to the end."""
+    was not measured, or if there is none, as where layer 1's is not above 0."""
     base = mean_of_layer_1(rows)
-    if base is None or base <= 0:
+    if base is None:
         return None
     place = from_there_on([abs(row["mean"]) < 0.01 * base for row in rows])
     return rows[place]["layer"] if place < len(rows) else None
