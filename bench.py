@@ -194,7 +194,8 @@ def in_transformers(model):
         vision_config=vars(c.vision), tie_word_embeddings=c.tie_word_embeddings)
     weights = {}
     for name, published in checkpoint.empty(type(model), c, None, set()).named_parameters():
-        weight = model.get_parameter(name)[tuple(map(slice, published.shape))]  # without padding
+        # a model may have widened it by zeros, for a GPU: the part that was published
+        weight = model.get_parameter(name)[tuple(map(slice, published.shape))]
         name = re.sub(r"^model\.", "language_model.", name)
         weights[name if name.startswith("lm_head") else f"model.{name}"] = weight
     theirs_class = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
@@ -316,8 +317,7 @@ def parse_arguments(argv: list[str]):
     group = p.add_argument_group("what is timed")
     flags.add_pruning_flags(group, TIMED, "2")
     either = group.add_mutually_exclusive_group()
-    either.add_argument("--batch", default=[1], metavar="N,N",
-                        type=lambda text: [flags.whole(1)(part) for part in text.split(",")],
+    either.add_argument("--batch", type=sizes, default=[1], metavar="N,N",
                         help="how many questions are answered together: 1,8 (default: 1)")
     either.add_argument("--sweep", action="store_true", help="time a sweep and information, each "
                         "together and one by one, instead of the table")
@@ -347,6 +347,10 @@ def parse_arguments(argv: list[str]):
         args.depth = args.depth or SHAPES[args.shape][1].text.num_hidden_layers
         args.model = Path(args.shape)                           # names the run
     return args
+
+
+def sizes(text: str) -> list[int]:
+    return [flags.whole(1)(part) for part in text.split(",")]
 
 
 def schedules_of(args, L: int) -> list[tuple]:

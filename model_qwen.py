@@ -364,9 +364,10 @@ def column_mean(q: Tensor, k: Tensor) -> Tensor:
     return total / (q.shape[1] * q.shape[2])
 
 
-def pad_width(mlp: MLP, _):
-    """Widen a loaded MLP on a GPU by zeros, which change no sum, to a multiple of 8, as its fast
-    kernels want: the tower's published width is 3,420."""
+def pad_width(mlp: MLP, incompatible_keys):
+    """Widen an MLP that was loaded to a GPU by zeros, which change no sum: its fast kernels want a
+    multiple of 8, and the published width of the tower is 3,420. The arguments are those of a hook
+    of load_state_dict."""
     room = -mlp.gate_proj.out_features % 8
     if not room or mlp.gate_proj.weight.device.type != "cuda":
         return
