@@ -58,14 +58,17 @@ def at_layers(layers: list[int]) -> str:
     return f"at layer{'s' if len(layers) > 1 else ''} {listed(layers)}"
 
 
+def count_images(images: int) -> str:
+    return f"{images} image" if images == 1 else f"{images} images"
+
+
 def print_asked(benchmark: str, questions: list, known: list, template: str) -> str:
     """Print how much of the benchmark is asked, and the first prompt, which is returned."""
-    images = len({question.image for question in questions})
-    count = f"{images} image" if images == 1 else f"{images} images"
+    images = count_images(len({question.image for question in questions}))
     part = f"all {len(known)} questions"
     if len(questions) < len(known):
         part = f"partial, {len(questions)} of its {len(known)} questions"
-    asked = ", ".join([part, count, *remarks(questions)])
+    asked = ", ".join([part, images, *remarks(questions)])
     prompt = template.format(question=questions[0].prompt)
     print(f"\n{benchmark}: {asked}; the first prompt: {json.dumps(prompt)}\n")
     return prompt
@@ -89,7 +92,7 @@ def print_scores(benchmark: str, rows: list[dict], images: int):
 
 
 def print_few(benchmark: str, images: int):
-    count = f"{images} image" if images == 1 else f"{images} images"
+    count = count_images(images)
     print(f"{benchmark}: {count}: no intervals (a bootstrap wants {FEW} at least), and no verdict."
           "\n")
 
