@@ -282,7 +282,7 @@ def main(argv: list[str]):
 
 def check_questions(tested: int, names: list[str], loss: float, confidence: float):
     """Raise InputError if so few test questions cannot promise the loss, even if none changes."""
-    # (1 - loss) ** needed is at most 1 - confidence
+    # the fewest for which (1 - loss) ** needed is at most 1 - confidence
     needed = math.ceil(math.log(1 - confidence) / math.log1p(-loss))
     if tested < needed:
         images = math.ceil(needed / TESTED / (1 - SEARCHED))

@@ -64,8 +64,9 @@ class Question:
         """The answer whose first token the paper measures: of ten, the best-scoring one after
         normalizing; else Yes or No, the letter, or the first answer."""
         if self.metric == "vqa":
-            normalized = filter(None, map(normalize, self.gold))    # "A" and "-" become ""
-            return max(normalized, key=self.points, default=self.gold[0].lower())
+            normalized = [normalize(answer) for answer in self.gold]
+            written = [answer for answer in normalized if answer]       # "A" and "-" become ""
+            return max(written, key=self.points, default=self.gold[0].lower())
         if self.metric in ("yesno", "pope"):
             return self.gold[0].capitalize()
         return self.gold[0]

@@ -202,8 +202,8 @@ def processor_rules(mean: tuple, std: tuple, **entries: list) -> list[tuple]:
 
 
 def check_template(path: Path, prompt: str):
-    """Raise InputError where the folder's chat template opens an answer or conversation unlike the
-    prompt: it is of a model that thinks first, or of another language model."""
+    """Raise InputError where the folder's chat template opens an answer, or a conversation, in
+    other words than the prompt: then the model thinks first, or has another language model."""
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja",
                  "tokenizer_config.json"):                          # transformers' order
         file = path / name
@@ -399,11 +399,12 @@ def read_eos(path: Path, default: list[int]) -> set[int]:
     its text_config, else the default. Raises InputError."""
     config, raw = entries_of(path, "config.json")
     for file, entries in (entries_of(path, "generation_config.json"), (config, raw),
-                          (config, section(raw, "text_config", config)),
-                          (config, {"eos_token_id": default})):
+                          (config, section(raw, "text_config", config))):
         ids = entries.get("eos_token_id")
         if ids is not None:
             break
+    else:
+        ids = default
     if not isinstance(ids, list):
         ids = [ids]
     if not ids or not all(type(token) is int for token in ids):

@@ -168,7 +168,8 @@ def decoding(args) -> Decoding:
 
 
 def at_once(args, variants: int):
-    """Return a function of a prompt's rows: how many prompts, of so many variants, run together."""
+    """Return a function: rows of a prompt -> how many prompts, of so many variants each, run
+    together."""
     def prompts(rows: int) -> int:
         return max(1, min(args.batch, args.max_batch_tokens // (rows * variants)))
     return prompts

@@ -98,7 +98,9 @@ def data_url(image: Image.Image) -> str:
 def entry_of(measured: Measured) -> dict:
     """Return a question's part of the data block: answers by their number in `said`, sets of kept
     tokens as bits, other numbers as they are rounded on the page."""
-    given = sum(measured.answers.values(), [measured.unpruned])
+    given = [measured.unpruned]
+    for row in measured.answers.values():
+        given += row
     said = [answer for answer in dict.fromkeys(given) if answer is not None]
     methods = {}
     for name, row in measured.answers.items():
