@@ -37,6 +37,7 @@ from tokprune import (KV, METHODS, Decoding, InputError, Stream, attention, deco
 MODES = ("keep-one", "leave-one-out")
 TARGETS = ("first", "answer", "each")
 ROWS = 2 ** 15                          # most rows in a batch of variants, unless given
+CPU_ROWS = 2 ** 12                      # on a CPU: more do not fit its caches, and take longer
 
 
 # ---- information ---------------------------------------------------------------------------------
@@ -179,6 +180,8 @@ def probabilities_left(model, streams: list[Stream], full_stream: Stream, prefix
     """
     _, V = full_stream.visual
     rows = full_stream.x.shape[1] - V + prefix + kept.shape[1]
+    if full_stream.x.device.type == "cpu":
+        max_batch_tokens = min(max_batch_tokens, CPU_ROWS)
     room = max(1, max_batch_tokens // rows)                     # variants in a batch
     values = torch.zeros(len(streams), len(kept), len(ids_at))
     for some_layers, some_windows in batches(len(streams), len(kept), room):
@@ -190,15 +193,13 @@ def probabilities_left(model, streams: list[Stream], full_stream: Stream, prefix
 
 
 def batches(layers: int, windows: int, room: int) -> list[tuple[slice, slice]]:
-    """Divide all pairs of a layer and a window into batches of at most `room`, as many layers as
-    possible together. batches(2, 3, 4) -> layers 0:2 with windows 0:2, then 0:2 with 2:4."""
-    slices = []
-    for i in range(0, layers, room):
-        n = min(room, layers - i)                       # layers in a batch
-        step = room // n                                # windows in a batch
-        for j in range(0, windows, step):
-            slices.append((slice(i, i + n), slice(j, j + step)))
-    return slices
+    """Divide all pairs of a layer and a window into batches of at most `room`, as many windows as
+    possible together: layers join one by one. batches(3, 2, 4) -> layers 0:2 with windows 0:2, then
+    2:4 with 0:2."""
+    width = min(windows, room)                          # windows in a batch
+    depth = room // width                               # layers in a batch
+    return [(slice(i, i + depth), slice(j, j + width))
+            for i in range(0, layers, depth) for j in range(0, windows, width)]
 
 
 def run_together(model, streams: list[Stream], full_stream: Stream, prefix: int,
@@ -599,7 +600,7 @@ def parse_arguments(argv: list[str]):
     group.add_argument("--threshold", type=flags.share, default=0.002, metavar="T",
                        help="divergence past the horizon, as a share of layer 0's (default: 0.002)")
     flags.add_answer_flags(flags.add_model_flags(p))
-    flags.add_data_flags(p)
+    flags.add_data_flags(p, limit=100)
     group = flags.add_output_flags(p)
     group.add_argument("--plot", type=Path, metavar="SVG",
                        help="picture to write (default: information.svg in the run folder)")

@@ -115,7 +115,7 @@ def test_no_batch_of_windows_is_larger_than_asked(model, start, bound, mode):
 
 
 def test_batches_hold_every_pair_once_and_no_more_than_the_room():
-    assert information.batches(2, 3, 4) == [(slice(0, 2), slice(0, 2)), (slice(0, 2), slice(2, 4))]
+    assert information.batches(3, 2, 4) == [(slice(0, 2), slice(0, 2)), (slice(2, 4), slice(0, 2))]
     for layers, windows, room in ((5, 7, 3), (1, 9, 4), (3, 2, 100)):
         seen = np.zeros((layers, windows), int)
         for batch in information.batches(layers, windows, room):
