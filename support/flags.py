@@ -50,6 +50,11 @@ def whole(low: int):
     return convert
 
 
+def whole_or_all(text: str) -> int | None:
+    """Read a whole number from 1 on, or None from "all": a type for argparse."""
+    return None if text == "all" else whole(1)(text)
+
+
 def number_that(fits, want: str):
     """Return a type for argparse: a number that fits."""
     def convert(text: str) -> float:
@@ -111,7 +116,7 @@ def add_answer_flags(group):
                        help="divides the logits of tokens in prompt or answer (default: 1, none)")
 
 
-def add_data_flags(p: Parser):
+def add_data_flags(p: Parser, limit: int | None = None):
     group = p.add_argument_group("questions")
     group.add_argument("--data", type=Path, default=ROOT / "tiny", metavar="FOLDER",
                        help="where the benchmarks' files lie, at any depth (default: tiny)")
@@ -120,8 +125,9 @@ def add_data_flags(p: Parser):
                             "and VLMEvalKit's .tsv (default: %(default)s)")
     group.add_argument("--prompt-style", choices=STYLES,
                        help="llava: TextVQA's questions show OCR tokens (default: they do not)")
-    group.add_argument("--limit", type=whole(1), metavar="N",
-                       help="ask about N questions a benchmark, whole images (default: all)")
+    group.add_argument("--limit", type=whole_or_all, default=limit, metavar="N",
+                       help="ask about N questions a benchmark, whole images, or all (default: "
+                            f"{limit or 'all'})")
     group.add_argument("--batch", type=whole(1), default=16, metavar="N",
                        help="most questions answered together (default: 16); decides no answer in "
                             "float32")

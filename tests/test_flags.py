@@ -116,6 +116,12 @@ def test_a_flag_that_does_not_exist_is_answered_with_the_nearest(flag, said):
     assert str(e.value) == f"{flag.split('=')[0]}: no such flag; {said}"
 
 
+def test_information_asks_a_hundred_questions_unless_told():
+    assert evaluation.parse_arguments([]).limit is None
+    assert information.parse_arguments([]).limit == 100
+    assert information.parse_arguments(["--limit", "all"]).limit is None
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_fits_a_screen_and_says_what_every_flag_is_for(name, capsys):
     with pytest.raises(SystemExit) as e:
