@@ -106,7 +106,8 @@ def load_mme(paths: list[Path], style: str | None) -> Iterator[Question]:
     """Read a folder a subtask: in it, or in folders of it, a text of two lines for each image."""
     for folder in paths:
         if folder.name in SUBTASKS and folder.is_dir():
-            inside = [path for path in paths if folder in path.parents]
+            depth = len(folder.parts)
+            inside = [path for path in paths if path.parts[:depth] == folder.parts]
             for stem in sorted({path.stem for path in inside
                                 if path.suffix.lower() in (".txt", *PICTURES)}):
                 file = find(inside, stem + ".txt")
