@@ -100,6 +100,7 @@ COGNITION = ["commonsense_reasoning", "numerical_calculation", "text_translation
 SUBTASKS = PERCEPTION + COGNITION
 YES_OR_NO = "Please answer yes or no."
 PICTURES = (".jpg", ".jpeg", ".png")
+TEXT_OR_IMAGE = (".txt", *PICTURES)
 
 
 def load_mme(paths: list[Path], style: str | None) -> Iterator[Question]:
@@ -107,11 +108,13 @@ def load_mme(paths: list[Path], style: str | None) -> Iterator[Question]:
     for folder in paths:
         if folder.name in SUBTASKS and folder.is_dir():
             depth = len(folder.parts)
-            inside = [path for path in paths if path.parts[:depth] == folder.parts]
-            for stem in sorted({path.stem for path in inside
-                                if path.suffix.lower() in (".txt", *PICTURES)}):
-                file = find(inside, stem + ".txt")
-                image = find(inside, *(stem + suffix for suffix in PICTURES))
+            of_stem = {}                                # the text and the image of one name
+            for path in paths:
+                if path.parts[:depth] == folder.parts and path.suffix.lower() in TEXT_OR_IMAGE:
+                    of_stem.setdefault(path.stem, []).append(path)
+            for stem, files in sorted(of_stem.items()):
+                file = find(files, stem + ".txt")
+                image = find(files, *(stem + suffix for suffix in PICTURES))
                 if file is None or image is None:
                     raise InputError(f"{file or image}: is alone; want {stem}.txt and {stem}.jpg "
                                      "or .png")
