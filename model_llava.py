@@ -4,7 +4,7 @@ projector, padding of the image; then configuration and loading.
 `Llava.run` moves a Stream forward by layers and stops wherever it is asked to, so that tokprune can
 take visual rows out of it. Everything here is the published model; pruning is not its business.
 
-    B variants of one prompt   T rows   S rows with those in the cache   V visual tokens
+    B variants of prompts   T rows   S rows with those in the cache   V visual tokens
     C width   H heads   G key/value heads   D head width
 """
 import functools
@@ -198,7 +198,7 @@ class Attention(nn.Module):
         k = rotate(k, rope).transpose(1, 2)                                     # (B, G, T, D)
         cache = KV(k, v) if past is None else past.append(k, v)                 # (B, G, S, D)
         mask = None
-        if past is not None and T > 1:          # new rows are causal among themselves alone
+        if past is not None and T > 1:          # the cache in full, new rows up to themselves
             mask = causal_mask(T, cache.keys.shape[2], x.device)
         y = F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=mask,
                                            is_causal=past is None, enable_gqa=self.G != self.H)
@@ -226,9 +226,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # narrower ones the kernel widens by itself, which saves two launches
-        wide = x.float() if x.dtype == torch.float64 else x
-        return self.weight * F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype)
+        # of 16-bit input the kernel computes in float32 by itself: two launches fewer
+        x32 = x.float() if x.dtype == torch.float64 else x
+        return self.weight * F.rms_norm(x32, x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def signed_cos_sin(angles: Tensor, dtype) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,11 @@ mergers; then configuration and loading.
 take visual rows out of it. Everything here is the published model; pruning is not its business.
 
 DeepStack: beside the visual tokens the tower returns features of earlier blocks, here called
-planes, with a row for each token.
-Plane i is added to the visual rows right after decoder layer i, so it is part of x at the input of
-layer i + 1. A visual row that leaves before then takes its row of the plane with it.
+planes, with a row for each token. Plane i is added to the visual rows right after decoder layer i,
+so it is part of x at the input of layer i + 1. A visual row that leaves before then takes its row
+of the plane with it.
 
-    B variants of one prompt   T rows   S rows with those in the cache   V visual tokens   P patches
+    B variants of prompts   T rows   S rows with those in the cache   V visual tokens   P patches
     N visual tokens at first   C width   H heads   G key/value heads   D head width
 """
 import functools
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from support import checkpoint
 from support.image import by_token, normalize, on_white, patchify, smart_resize
-from tokprune import KV, InputError, Stream, causal_mask, decode, finite, in_turn
+from tokprune import KV, InputError, Stream, causal_mask, decode, finite, per_variant
 
 IMAGE = "<|image_pad|>"                 # stands for the image, once in a prompt
 # the chat template of the checkpoint for one user turn: no system turn, image first, no BOS; its
@@ -180,13 +180,13 @@ class Qwen3(nn.Module):
 
 
 def add_to_visual(x: Tensor, plane: Tensor, visual: tuple[int, int], origin: Tensor) -> Tensor:
-    """Add a plane (P, N, C) to the visual rows of x (B, T, C). Visual row i is token origin[:, i]
-    of the N, and gets that row of the plane."""
+    """Add a plane (prompts, N, C) to the visual rows of x (B, T, C). Visual row i is token
+    origin[:, i] of the N, and gets that row of the plane."""
     start, V = visual
     B = len(x)
     prompt = torch.arange(B, device=x.device)[:, None] * len(plane) // B
     x = x.clone()
-    x[:, start:start + V] += plane[prompt, in_turn(origin, B)]                  # (B, V, C)
+    x[:, start:start + V] += plane[prompt, per_variant(origin, B)]                  # (B, V, C)
     return x
 
 
@@ -258,7 +258,7 @@ class Attention(nn.Module):
         k = rotate(k, rope).transpose(1, 2)                                     # (B, G, T, D)
         cache = KV(k, v) if past is None else past.append(k, v)                 # (B, G, S, D)
         mask = None
-        if past is not None and T > 1:          # new rows are causal among themselves alone
+        if past is not None and T > 1:          # the cache in full, new rows up to themselves
             mask = causal_mask(T, cache.keys.shape[2], x.device)
         y = F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=mask,
                                            is_causal=past is None, enable_gqa=self.G != self.H)
@@ -288,9 +288,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # narrower ones the kernel widens by itself, which saves two launches
-        wide = x.float() if x.dtype == torch.float64 else x
-        return self.weight * F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype)
+        # of 16-bit input the kernel computes in float32 by itself: two launches fewer
+        x32 = x.float() if x.dtype == torch.float64 else x
+        return self.weight * F.rms_norm(x32, x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def signed_cos_sin(angles: Tensor, dtype) -> tuple[Tensor, Tensor]:

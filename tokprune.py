@@ -28,9 +28,9 @@ and the model, an nn.Module,
     decode = decode                         this file's
 support/checkpoint.py names the file for its model_type; nothing else knows which models exist.
 
-    B variants of P prompts of equal shape, each prompt's variants in turn, so that nothing is
-    padded   T rows   V visual tokens alive   N of them at first   C width   H heads
-    G key/value heads   D head width   L layers
+    B variants of P prompts of equal shape (nothing is padded), a prompt's variants side by side
+    T rows   V visual tokens alive   N of them at first   C width   H heads   G key/value heads
+    D head width   L layers
 """
 import re
 from dataclasses import dataclass, replace
@@ -60,8 +60,8 @@ def finite(values: Tensor, what: str, dtype) -> Tensor:
 @dataclass
 class Stream:
     """The residual stream at the input of a layer, of B variants of P prompts, with everything that
-    the layers to come need. Fewer than B of something are shared: by all variants, or by those of a
-    prompt.
+    the layers to come need. An axis of length 1 is shared by all variants, one of length P by the
+    variants of a prompt.
 
     Visual rows are contiguous and keep their order. At first V = N; where the visual tokens tile
     the image, N = rows * cols of the grid, in raster order. A model that has other visual rows too
@@ -69,7 +69,7 @@ class Stream:
     """
     layer: int
     x: Tensor                       # (B, T, C)
-    pos: Tensor                     # (..., B or 1, T) positions, as the rotary embedding takes them
+    pos: Tensor                     # (..., B | 1, T) positions, as the rotary embedding takes them
     next_pos: int                   # position of the first generated token, whatever was removed
     visual: tuple[int, int]         # first visual row, and V
     origin: Tensor                  # (B, V) index of each visual row among the N
@@ -85,15 +85,15 @@ class Stream:
 
 @dataclass
 class KV:
-    """The cache of a layer: keys and values (B, P or 1, G, T, D). Variants may share one."""
+    """The cache of a layer: keys and values (B | P | 1, G, T, D)."""
     keys: Tensor
     values: Tensor
 
     def append(self, k: Tensor, v: Tensor) -> "KV":
         """Return the cache with new rows (B, G, n, D) behind these; copies all."""
         B = len(k)
-        keys = torch.cat([in_turn(self.keys, B), k], 2)
-        values = torch.cat([in_turn(self.values, B), v], 2)
+        keys = torch.cat([per_variant(self.keys, B), k], 2)
+        values = torch.cat([per_variant(self.values, B), v], 2)
         return KV(keys, values)
 
 
@@ -109,9 +109,9 @@ def causal_mask(T: int, S: int, device: torch.device):
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def in_turn(t: Tensor, B: int, dim: int = 0) -> Tensor:
-    """Repeat each entry along `dim`, so that there are B: each one's copies in turn. One entry is
-    not copied."""
+def per_variant(t: Tensor, B: int, dim: int = 0) -> Tensor:
+    """Return t with B entries along `dim`: one is expanded, P are each repeated B / P times, the
+    copies side by side."""
     if t.shape[dim] == 1:
         return t.expand(*t.shape[:dim], B, *t.shape[dim + 1:])
     if t.shape[dim] == B:
@@ -162,7 +162,7 @@ def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 
             B = len(given)
     methods = method if isinstance(method, list) else [method] * B
     seeds = seed if isinstance(seed, list) else [seed] * B
-    if 0 < n < stream.visual[1]:                        # asked once: a GPU has to be waited for
+    if 0 < n < stream.visual[1]:                        # one check for all: each waits for a GPU
         finite(stream.x, f"hidden states at layer {stream.layer}", stream.x.dtype)
     stream = expand(stream, B)
     kept = []
@@ -189,21 +189,21 @@ def choose(view: "View", method: str, n: int) -> tuple[Tensor, Tensor | None]:
     """
     V = view.visual[1]
     assert method in METHODS, f"unknown method {method!r}"
-    chosen = METHODS[method]
-    if n == 0 or n >= V or chosen.keeps_none:
-        return torch.arange(0 if chosen.keeps_none else min(n, V)), None
+    entry = METHODS[method]
+    if n == 0 or n >= V or entry.keeps_none:
+        return torch.arange(0 if entry.keeps_none else min(n, V)), None
     check_method(method, view.layer)
-    assert view.keys is not None or not chosen.needs_layer, \
+    assert view.keys is not None or not entry.needs_layer, \
         f"{method} needs a layer run since rows last left"
-    if chosen.measure and view.info is None:
-        raise InputError(f"{method} needs its {chosen.measure} measured beforehand, which `prune` "
+    if entry.measure and view.info is None:
+        raise InputError(f"{method} needs its {entry.measure} measured beforehand, which `prune` "
                          "takes as info; see information.MEASURES")
     if view.info is not None:
         finite(view.info, f"{method}'s measured values", view.x.dtype)
-    if chosen.merges:
-        idx, rows = chosen(view, n)
+    if entry.merges:
+        idx, rows = entry(view, n)
     else:
-        idx = chosen(view, n)
+        idx = entry(view, n)
         rows = None
         assert isinstance(idx, Tensor), f"{method} returned {type(idx).__name__}; want merges=True?"
     assert rows is None or len(rows) == n, f"{method} merged into {len(rows)} rows, want {n}"
@@ -232,7 +232,7 @@ def keep(stream: Stream, idx: Tensor, positions: str = "keep") -> Stream:
     rows = torch.cat([before, start + idx, after], 1)                           # (B, T - V + n)
     x = stream.x.gather(1, rows[..., None].expand(-1, -1, C))
     axes = stream.pos.shape[:-2]                                                # M-RoPE has three
-    pos = in_turn(stream.pos, B, -2).gather(-1, rows.expand(*axes, -1, -1))
+    pos = per_variant(stream.pos, B, -2).gather(-1, rows.expand(*axes, -1, -1))
     next_pos = stream.next_pos
     if positions == "compact":
         if axes:
@@ -240,19 +240,19 @@ def keep(stream: Stream, idx: Tensor, positions: str = "keep") -> Stream:
                              "(M-RoPE), its place in the image, not a number; want keep")
         next_pos = x.shape[1]
         pos = torch.arange(next_pos, device=pos.device).expand(pos.shape)
-    origin = in_turn(stream.origin, B).gather(1, idx)
+    origin = per_variant(stream.origin, B).gather(1, idx)
     return replace(stream, x=x, pos=pos, next_pos=next_pos, visual=(start, idx.shape[1]),
                    origin=origin, queries=None)
 
 
 def expand(stream: Stream, B: int) -> Stream:
-    """Return the stream's variants as B, each one's copies in turn. They share the cache, and
+    """Return the stream's variants as B, each one's copies side by side. They share the cache, and
     copies of a single one share everything."""
     queries = stream.queries
     if queries is not None:
-        queries = in_turn(queries, B)
-    return replace(stream, x=in_turn(stream.x, B), pos=in_turn(stream.pos, B, -2),
-                   origin=in_turn(stream.origin, B), queries=queries)
+        queries = per_variant(queries, B)
+    return replace(stream, x=per_variant(stream.x, B), pos=per_variant(stream.pos, B, -2),
+                   origin=per_variant(stream.origin, B), queries=queries)
 
 
 def prefill(model, stream: Stream, schedule: list, seed: int | list = 0,
@@ -683,7 +683,7 @@ def decode(model, stream: Stream, max_new_tokens: int = 16,
     B = len(stream.x)
     answers = [[] for _ in range(B)]
     ended = [False] * B
-    seen = in_turn(stream.ids, B)                               # (B, prompt and answers so far)
+    seen = per_variant(stream.ids, B)                               # (B, prompt and answers so far)
     for step in range(max_new_tokens):
         logits = model.logits(stream)
         repeated = logits.gather(1, seen)
@@ -738,7 +738,7 @@ def with_room(stream: Stream, rows: int = 16) -> Stream:
 
 
 def copy_with_room(t: Tensor, B: int, rows: int) -> Tensor:
-    """Copy (B, P or 1, G, T, D) into (B, G, T + rows, D), the last rows yet to be written."""
+    """Copy (B | P | 1, G, T, D) into (B, G, T + rows, D), the last rows yet to be written."""
     room = t.new_empty(B, t.shape[1], t.shape[2] + rows, t.shape[3])
-    room[:, :, :t.shape[2]] = in_turn(t, B)
+    room[:, :, :t.shape[2]] = per_variant(t, B)
     return room

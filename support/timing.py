@@ -11,7 +11,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from tokprune import in_turn, with_room
+from tokprune import per_variant, with_room
 
 STEPS = 8                       # tokens decoded at a time
 
@@ -58,7 +58,7 @@ def span(ms: dict, digits: int = 1) -> str:
 
 def decode(model, full_stream):
     """Decode STEPS tokens behind a stream past the last layer; no answer ends it early."""
-    token = in_turn(full_stream.ids[:, -1:], len(full_stream.x))
+    token = per_variant(full_stream.ids[:, -1:], len(full_stream.x))
     stream = with_room(full_stream)
     for _ in range(STEPS):
         stream = model.run(model.append(stream, token))
