@@ -15,7 +15,7 @@ and an entry in METHODS.
 A model is one file. It has to hold
     PROMPT, read_config(path) -> config, load(path, device=None, dtype=None) -> model
 and the model, an nn.Module,
-    num_layers, config.text, tokenizer, eos (the ids that end an answer)
+    num_layers, config.text, tokenizer, lm_head, eos (the ids that end an answer)
     preprocess(image)                       what `begin` takes in place of a PIL image
     canvas(image)                           the PIL image that the visual tokens tile
     shape(size, question)                   -> (rows, first visual row, grid) of that prompt
