@@ -28,8 +28,8 @@ from information import token_information, windows_of
 from support import checkpoint, flags, report
 from support.files import read_image
 from support.run import grouped, open_folder, provenance, start, write_result
-from support.timing import (STEPS, cache_bytes, decode, device_name, device_rates, divided,
-                            extra_memory, floor_ms, span, time_call, time_in_turns)
+from support.timing import (STEPS, cache_bytes, decode, device_rates, divided, extra_memory,
+                            floor_ms, span, time_call, time_in_turns)
 from tokprune import (METHODS, InputError, flops, format_schedule, keep, prefill, together,
                       visual_tokens)
 
@@ -219,9 +219,7 @@ def their_prefill(theirs, stream) -> tuple:
     """Return the last row's logits, float32, and the cache."""
     planes = {}
     if stream.planes:                                   # added to the visual rows
-        first, V = stream.visual
-        is_visual = torch.zeros(stream.x.shape[:2], dtype=torch.bool, device=stream.x.device)
-        is_visual[:, first:first + V] = True
+        is_visual = stream.ids == stream.ids[0, stream.visual[0]]
         planes = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": list(stream.planes)}
     out = theirs.model.language_model(inputs_embeds=stream.x, position_ids=stream.pos,
                                       use_cache=True, **planes)
@@ -288,7 +286,8 @@ def main(argv: list[str]):
         model = made_up(args.shape, args.depth, flags.usable_device(args.device), dtype)
     else:
         model = flags.load_model(args)
-    device = device_name(next(model.parameters()).device)
+    result = provenance(args, model)
+    device = result["device_name"]
     settings = {name: str(value) for name, value in vars(args).items()
                 if name not in ("command", "out", "json")}
     out = open_folder(args, settings | {"device": device})
@@ -297,7 +296,6 @@ def main(argv: list[str]):
     print(f"{device}, torch {torch.__version__}; {flags.where(model)}; {args.model}, "
           f"{model.num_layers} layers; {stream.N} visual tokens of {stream.x.shape[1]}; "
           f"median [lowest, highest] of --rounds {args.rounds}")
-    result = provenance(args, model)
     if args.sweep:
         result["sweep"] = time_sweep(model, stream, schedules, args.rounds)
     else:
@@ -341,9 +339,9 @@ def parse_arguments(argv: list[str]):
     if args.depth and not args.shape:
         raise InputError("--depth: goes with --shape")
     if args.shape:
-        for name in ("model", "min_pixels", "max_pixels"):      # would be ignored
-            if getattr(args, name) != p.get_default(name):
-                raise InputError(f"--{name.replace('_', '-')}: goes without --shape")
+        ignored = flags.repeated(args, p.parse_args([]), "model", "min_pixels", "max_pixels")
+        if ignored:
+            raise InputError(f"{ignored[0]}: goes without --shape")
         args.depth = args.depth or SHAPES[args.shape][1].text.num_hidden_layers
         args.model = Path(args.shape)                           # names the run
     return args

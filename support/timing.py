@@ -109,12 +109,8 @@ def extra_memory(call, device) -> int:
 
 def cache_bytes(stream) -> int:
     """Return the memory of a stream's cache: the storages its tensors lie in, each once."""
-    storages = {}
-    for kv in stream.cache:
-        for tensor in (kv.keys, kv.values):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    storages = [tensor.untyped_storage() for kv in stream.cache for tensor in (kv.keys, kv.values)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def device_name(device) -> str:
