@@ -1,5 +1,4 @@
-"""How long a call takes, how much memory, and what the device can do. Speeds are compared side by
-side: the calls take turns, after a round that warms up."""
+"""How long a call takes, how much memory, and what the device can do."""
 import os
 import platform
 import re
@@ -65,8 +64,6 @@ def decode(model, full_stream):
         model.logits(stream)
 
 
-# ---- what the device can do ----------------------------------------------------------------------
-
 def device_rates(like: torch.Tensor) -> tuple[float, float]:
     """Return the FLOPs a second of a large matrix product, in the tensor's precision and on its
     device, and the bytes a second that a large copy reads and writes there.
@@ -89,8 +86,6 @@ def floor_ms(layer_flops: list[float], layer_bytes: float, rate: float, bandwidt
     `rate` and that of reading its weights once at `bandwidth`, whichever is longer."""
     return 1000 * sum(max(n / rate, layer_bytes / bandwidth) for n in layer_flops)
 
-
-# ---- memory, and the device's name ---------------------------------------------------------------
 
 def extra_memory(call, device) -> int:
     """Return the most bytes that torch holds for a call at once, beside what it held before."""
