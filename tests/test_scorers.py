@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support.benchmarks import (COGNITION, PERCEPTION, Question, is_overlong, mme_totals, normalize,
-                                parse_choice, parse_pope, parse_yes_no, pope_totals, score)
+from support.benchmarks import (SUBTASKS, Question, is_overlong, mme_totals, normalize,
+                                parse_choice, parse_pope, parse_yes_no, pope_totals, remarks, score)
 
 GOLDEN = Path(__file__).parent / "golden" / "scorers.json"
 OFFICIAL = json.loads(GOLDEN.read_text())
@@ -72,17 +72,13 @@ def test_an_overlong_answer_begins_with_a_right_one(metric, gold, answer, want):
     assert is_overlong(score(answer, question)[0], question) == want
 
 
-def mme(right):
-    """The totals of four images a subtask, asked about twice."""
-    questions = [Question("", Path(f"{group}{image}"), "", [answer], "yesno", group=group)
-                 for group in PERCEPTION + COGNITION for image in range(4)
-                 for answer in ("Yes", "No")]
-    return mme_totals(questions, np.array([right(q) for q in questions], float))
-
-
 def test_mme_totals_of_a_perfect_and_of_a_constant_model():
-    for found, want in [(mme(lambda q: True), (2000, 800, 2800)),
-                        (mme(lambda q: q.gold == ["Yes"]), (500, 200, 700))]:
+    """Of four images a subtask, asked about twice."""
+    questions = [Question("", Path(f"{group}{image}"), "", [answer], "yesno", group=group)
+                 for group in SUBTASKS for image in range(4) for answer in ("Yes", "No")]
+    assert remarks(questions) == ["14 of 14 subtasks"]
+    for scores, want in [([1, 1] * 56, (2000, 800, 2800)), ([1, 0] * 56, (500, 200, 700))]:
+        found = mme_totals(questions, np.array(scores))
         assert (found["perception"], found["cognition"], found["sum"]) == want
         assert found["complete"]
 

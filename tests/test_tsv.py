@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support.benchmarks import (LETTER, SHORT, SUBTASKS, load_benchmark, official_totals, remarks,
-                                score)
+from support.benchmarks import LETTER, SHORT, load_benchmark, official_totals, remarks, score
 from support.files import read_image
 from tokprune import InputError
 
@@ -27,13 +26,17 @@ def image(color: str, side: int = 8) -> str:
 RED = image("red", 200)
 BLUE = image("blue")
 TEN = str(["nous les gosses", "dakota"] + ["dakota digital"] * 8)
+ROW = {"image": BLUE, "question": "?"}
+CHOICE = ROW | {"A": "x", "B": "y", "answer": "A"}
 
 
 def load(tmp_path, name: str, *rows: dict, **options):
+    """Load a file of these rows; index: a row's number, unless it has its own."""
+    rows = [{"index": number} | row for number, row in enumerate(rows)]
     file = tmp_path / f"{name}.tsv"
     with file.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, dict.fromkeys(key for row in rows for key in row),
-                                delimiter="\t", lineterminator="\n")
+        columns = dict.fromkeys(key for row in rows for key in row)
+        writer = csv.DictWriter(f, columns, delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return load_benchmark(str(file), tmp_path, **options)
@@ -52,7 +55,7 @@ def test_mmes_pairs_share_an_image_and_get_the_official_totals(tmp_path):
     """The second row of a pair refers to the first one's image, in a cell with a space too; one
     image under two names is two pairs."""
     end = " Please answer yes or no."
-    rows = [{"index": i, "image": [RED, f"{i - 1} "][i % 2], "image_path": f"{i // 2}.jpg",
+    rows = [{"image": [RED, f"{i - 1} "][i % 2], "image_path": f"{i // 2}.jpg",
              "question": f"{i}? {end}", "answer": ["Yes", "No"][i % 2], "category": category}
             for i, category in enumerate(["OCR"] * 4 + ["posters"] * 2)]
     rows[4]["image"] = BLUE
@@ -67,20 +70,11 @@ def test_mmes_pairs_share_an_image_and_get_the_official_totals(tmp_path):
                                   "asked in LLaVA's words and not VLMEvalKit's, metric yesno"]
 
 
-def test_all_of_mme_is_complete(tmp_path):
-    rows = [{"index": i, "image": BLUE, "question": "?", "answer": "Yes", "category": category}
-            for i, category in enumerate(SUBTASKS)]
-    questions = load(tmp_path, "MME", *rows)
-    assert totals(questions, *["Yes"] * 14)["complete"]
-    assert remarks(questions)[0] == "14 of 14 subtasks"
-
-
 def test_a_question_of_several_of_popes_categories_counts_in_each(tmp_path):
-    rows = [{"index": i, "image": RED, "question": f"Is there a {i} in the image?",
-             "answer": answer, "category": category} for i, (answer, category) in enumerate([
-                 ("Yes", "adversarial,popular,random"), ("No", "random"), ("No", "popular"),
-                 ("No", "adversarial")])]
-    questions = load(tmp_path, "POPE", *rows)
+    rows = [("Yes", "adversarial,popular,random"), ("No", "random"), ("No", "popular"),
+            ("No", "adversarial")]
+    questions = load(tmp_path, "POPE", *[ROW | {"answer": answer, "category": category}
+                                         for answer, category in rows])
     assert {q.metric for q in questions} == {"pope"}
     found = totals(questions, "Yes", "Yes", "No", "perhaps")
     assert found["F1 random"] == pytest.approx(200 / 3) and found["F1 popular"] == 100
@@ -117,32 +111,27 @@ def test_options_make_a_choice_asked_as_scienceqa(tmp_path):
 
 
 def test_mmbench_is_right_where_every_rotation_is(tmp_path):
-    row = {"index": 241, "image": RED, "question": "?", "A": "x", "B": "y", "answer": "A"}
+    row = CHOICE | {"index": 241}
     other = {"index": 1000241, "image": "241", "answer": "B", "A": "y", "B": "x"}
-    questions = load(tmp_path, "MMBench_DEV_EN", row, row | {"index": 242}, row | other)
+    questions = load(tmp_path, "MMBench_DEV_EN", row, CHOICE | {"index": 242}, row | other)
     assert totals(questions, "A", "A", "B")["circular"] == 100
     assert totals(questions, "A", "A", "A")["circular"] == 50
 
 
 def test_the_rest_is_scored_as_exact_yes_or_no_included(tmp_path):
-    rows = [{"index": i, "image": BLUE, "question": "Is it?", "answer": answer}
-            for i, answer in enumerate(["yes", "left ", "[3, 'three']", "[x"])]
-    questions = load(tmp_path, "GQA_TestDev_Balanced", *rows)
-    assert {q.metric for q in questions} == {"exact"} and questions[0].prompt == "Is it?" + SHORT
+    questions = load(tmp_path, "GQA_TestDev_Balanced", *[
+        ROW | {"answer": answer} for answer in ["yes", "left ", "[3, 'three']", "[x"]])
+    assert {q.metric for q in questions} == {"exact"} and questions[0].prompt == "?" + SHORT
     assert [q.gold for q in questions] == [["yes"], ["left"], ["3", "three"], ["[x"]]
 
 
 def test_a_row_without_an_image_is_no_question_and_unscored_ones_need_no_answer(tmp_path):
-    rows = [{"index": 0, "image": "", "question": "?", "answer": ""},
-            {"index": 1, "image": str([RED]), "question": "?", "answer": ""}]
+    rows = [ROW | {"image": image, "answer": ""} for image in ("", str([RED]))]
     [question] = load(tmp_path, "a", *rows, gold=False)
     assert (question.id, question.gold, question.metric) == ("1", [], "")
     assert color_of(question) == (255, 0, 0)
     with pytest.raises(InputError, match="a.tsv: question 1 has no answers and no metric"):
         load(tmp_path, "a", *rows)
-
-
-ROW = {"index": 0, "image": BLUE, "question": "?", "A": "x", "B": "y", "answer": "A"}
 
 
 @pytest.mark.parametrize("answers, category, metric, group", [
@@ -151,18 +140,15 @@ ROW = {"index": 0, "image": BLUE, "question": "?", "A": "x", "B": "y", "answer":
     (["Yes", "red"], "", "exact", "")])
 def test_spelling_changes_no_metric(answers, category, metric, group, tmp_path):
     """One capital made MME's and POPE's answers be compared as text, and hid their totals."""
-    rows = [{"index": i, "question": "?", "image": BLUE, "answer": answer, "category": category}
-            for i, answer in enumerate(answers)]
+    rows = [ROW | {"answer": answer, "category": category} for answer in answers]
     for question in load(tmp_path, "a", *rows):
         assert (question.metric, question.group) == (metric, group)
 
 
 def test_one_row_of_nine_answers_among_tens_is_named(tmp_path):
     """The whole file was compared as text."""
-    rows = [{"index": i, "question": "?", "image": BLUE, "answer": str(["a"] * n)}
-            for i, n in enumerate([10, 9])]
     with pytest.raises(InputError, match="question 1: answers are .* want ten for vqa"):
-        load(tmp_path, "a", *rows)
+        load(tmp_path, "a", *[ROW | {"answer": str(["a"] * n)} for n in (10, 9)])
 
 
 @pytest.mark.parametrize("change, message", [
@@ -174,7 +160,7 @@ def test_one_row_of_nine_answers_among_tens_is_named(tmp_path):
     ({"B": "", "F": "z"}, "question 1 has options A, F; want at most A, B")])
 def test_rows_that_are_not_right_are_named(change, message, tmp_path):
     with pytest.raises(InputError, match=re.escape(message)):
-        for question in load(tmp_path, "a", ROW, ROW | {"index": 1} | change):
+        for question in load(tmp_path, "a", CHOICE, CHOICE | change):
             read_image(question.image)
 
 
