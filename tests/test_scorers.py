@@ -83,14 +83,13 @@ def test_mme_totals_of_a_perfect_and_of_a_constant_model():
         assert found["complete"]
 
 
-def pope(answer, *files):
-    """The totals of files of ten questions, of which yes is right for three, five and four."""
-    questions = []
-    for name, yes in {"random": 3, "popular": 5, "adversarial": 4}.items():
-        if name in files or not files:
-            questions += [Question(str(i), Path(), "", ["yes" if i < yes else "no"], "pope",
-                                   group=name) for i in range(10)]
-    return pope_totals(questions, np.array([score(answer(q), q)[1] for q in questions]))
+# ten questions a file, of which yes is right for three, five and four
+POPE = [Question(str(i), Path(), "", ["yes" if i < yes else "no"], "pope", group=name)
+        for name, yes in {"random": 3, "popular": 5, "adversarial": 4}.items() for i in range(10)]
+
+
+def pope(answer, questions=POPE):
+    return pope_totals(questions, np.array([q.points(answer(q)) for q in questions]))
 
 
 def test_pope_totals_worked_by_hand():
@@ -107,5 +106,5 @@ def test_pope_of_a_model_that_only_says_no_is_nothing_and_two_files_have_no_mean
     totals = pope(lambda q: "No")
     assert totals["F1"] == totals["precision"] == totals["recall"] == totals["yes"] == 0
     assert totals["accuracy"] == 60
-    totals = pope(lambda q: "No", "random", "popular")
+    totals = pope(lambda q: "No", POPE[:20])
     assert totals["F1"] is None and not totals["complete"] and totals["accuracy random"] == 70
