@@ -168,17 +168,16 @@ def test_a_file_of_your_own_is_read_and_scored(tmp_path):
 
 def test_a_question_is_another_one_if_its_image_is(tmp_path):
     """A run that resumed kept the answers about train/1.jpg for those about test/1.jpg."""
-    def identity(folder, image):
+    def asked(folder, image):
         (folder / image).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (30, 30)).save(folder / image)
+        Image.new("RGB", (20, 20)).save(folder / image)
         [question] = load(folder, OWN | {"image": image})
-        return question.identity
-    here = identity(tmp_path / "a", "1.jpg")
-    assert identity(tmp_path / "b", "1.jpg") == here
-    assert identity(tmp_path / "a", "test/1.jpg") != here
-    image = tmp_path / "a" / "1.jpg"
-    [question] = load(tmp_path / "a", OWN)
-    image.write_bytes(image.read_bytes() + b"more")
+        return question
+    question = asked(tmp_path / "a", "1.jpg")
+    here = question.identity
+    assert asked(tmp_path / "b", "1.jpg").identity == here
+    assert asked(tmp_path / "a", "test/1.jpg").identity != here
+    question.image.write_bytes(question.image.read_bytes() + b"more")
     assert question.identity != here
 
 
