@@ -28,8 +28,8 @@ from information import token_information, windows_of
 from support import checkpoint, flags, report
 from support.files import read_image
 from support.run import grouped, open_folder, provenance, start, write_result
-from support.timing import (STEPS, cache_bytes, decode, device_rates, divided, extra_memory,
-                            floor_ms, span, time_call, time_in_turns)
+from support.timing import (STEPS, cache_bytes, decode_steps, device_rates, divided,
+                            extra_memory, floor_ms, span, time_call, time_in_turns)
 from tokprune import (METHODS, InputError, flops, format_schedule, keep, prefill, together,
                       visual_tokens)
 
@@ -61,7 +61,7 @@ def measure(model, stream, schedules: list[tuple], sizes: list[int], rounds: int
     speed = []
     for (schedule, P), call in calls.items():
         full_stream = prefill(model, streams[P], schedule)
-        decode_ms = time_call(lambda: decode(model, full_stream), rounds, device)
+        decode_ms = time_call(lambda: decode_steps(model, full_stream), rounds, device)
         text_rows = stream.x.shape[1] - stream.N
         layer_flops = [flops(config, [text_rows + V])
                        for V in visual_tokens(schedule, stream.N, model.num_layers)]
@@ -159,7 +159,7 @@ def against_transformers(model, pixels, rounds: int) -> dict:
     calls = {"tower": (lambda: model.begin(pixels, QUESTION), lambda: their_tower(theirs, pixels)),
              "prefill": (lambda: model.logits(model.run(stream)),
                          lambda: their_prefill(theirs, stream)),
-             "decode": (lambda: decode(model, full_stream),
+             "decode": (lambda: decode_steps(model, full_stream),
                         lambda: their_decode(theirs, past, stream))}
     rows = []
     for name, (ours, others) in calls.items():

@@ -55,7 +55,7 @@ def span(ms: dict, digits: int = 1) -> str:
     return f"{ms['median']:.{digits}f} [{ms['low']:.{digits}f}, {ms['high']:.{digits}f}]"
 
 
-def decode(model, full_stream):
+def decode_steps(model, full_stream):
     """Decode STEPS tokens behind a stream past the last layer; no answer ends it early."""
     token = per_variant(full_stream.ids[:, -1:], len(full_stream.x))
     stream = with_room(full_stream)
