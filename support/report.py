@@ -21,18 +21,13 @@ def print_row(cells: list[str]):
     print("| " + " | ".join(cells) + " |")
 
 
-def number(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def number(value: float | None, spec: str = ".1f") -> str:
+    return "-" if value is None else format(value, spec)
 
 
 def significant(value: float) -> str:
     """Format with three digits, or with all that stand before the point: never as 8.1e+03."""
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def total(value: float | None) -> str:
-    """Format a benchmark's own total; POPE has none where one of its files has no answer."""
-    return "-" if value is None else f"{value:.5g}"
 
 
 def difference(values) -> str:
@@ -107,7 +102,8 @@ def print_table(benchmark: str, rows: list[dict]):
                  "kept", "mean tokens", "GFLOPs"])
     for row in rows:
         cells = [row["method"], number(row["score"]), number(row["standard_error"])]
-        cells += [total(row["totals"][name]) for name in totals]
+        # POPE has no total where one of its files has no answer
+        cells += [number(row["totals"][name], ".5g") for name in totals]
         cells += [difference(row[f"minus_{other}"]) for other in others]
         cells += [significant(row["kept"]), number(row["mean_visual_tokens"]),
                   significant(row["gflops"])]
@@ -258,8 +254,8 @@ def print_information_table(benchmark: str, found: dict):
     for row in found["information"]:
         layer = row["layer"]
         print_row([str(layer), number(by_score["scores"][layer]),
-                   number(by_divergence["nats"][layer], 4), f"{row['mean']:+.4f}",
-                   number(row["standard_errors"]["mean"], 4), f"{row['spread']:.4f}",
+                   f"{by_divergence['nats'][layer]:.4f}", f"{row['mean']:+.4f}",
+                   number(row["standard_errors"]["mean"], ".4f"), f"{row['spread']:.4f}",
                    f"{row['gini']:.2f}", f"{row['share'] - row['negative']:.0%}",
                    f"{row['negative']:.0%}"])
     print()

@@ -11,12 +11,12 @@ from tokprune import METHODS
 SAME = (0.0, -1.0, 2.0)
 
 
-def row(method, layer, score, minus_random=None, minus_none=None, minus_unpruned=None, **oracles):
+def row(method, layer, score, minus_random=None, minus_none=None, minus_unpruned=None):
     return {"method": method, "layer": layer, "score": score, "minus_random": minus_random,
-            "minus_none": minus_none, "minus_unpruned": minus_unpruned, "minus_oracles": oracles,
-            "minus_first": None, "standard_error": 1.25, "totals": {}, "kept": 6.0,
-            "mean_visual_tokens": 54.33, "gflops": 0.7324, "schedule": f"{method}@{layer}:0.9",
-            "empty": 0, "unparsed": 0, "overlong": 0}
+            "minus_none": minus_none, "minus_unpruned": minus_unpruned, "minus_first": None,
+            "standard_error": 1.25, "totals": {}, "kept": 6.0, "mean_visual_tokens": 54.33,
+            "gflops": 0.7324, "schedule": f"{method}@{layer}:0.9", "empty": 0, "unparsed": 0,
+            "overlong": 0}
 
 
 @pytest.mark.parametrize("value, want", [
@@ -33,7 +33,7 @@ def test_names_are_listed_with_commas_and_and():
 
 def test_numbers_and_differences_are_short_and_what_is_not_known_is_a_dash():
     """A difference that rounds to zero has no sign of its own."""
-    assert report.number(93.24) == "93.2" and report.number(0.25, 3) == "0.250"
+    assert report.number(93.24) == "93.2" and report.number(0.25, ".3f") == "0.250"
     assert report.number(None) == report.difference(None) == "-"
     assert report.difference((1.04, -0.5, 2.46)) == "+1.0 [-0.5, +2.5]"
     assert report.difference((1.04, None, None)) == "+1.0"
