@@ -138,9 +138,8 @@ def compared_rows(rows: list[dict], key: str) -> list[dict]:
 
 def against(rows: list[dict], key: str) -> tuple[list[dict], list[dict]]:
     """Return the rows whose whole interval lies above 0, and those whose lies below."""
-    above = [row for row in compared_rows(rows, key) if row[key][1] > 0]
-    below = [row for row in compared_rows(rows, key) if row[key][2] < 0]
-    return above, below
+    rows = compared_rows(rows, key)
+    return [row for row in rows if row[key][1] > 0], [row for row in rows if row[key][2] < 0]
 
 
 EQUAL = 5                       # points: a smaller cost of dropping everything counts as none
@@ -154,10 +153,9 @@ def print_verdict(benchmark: str, rows: list[dict], images: int):
     if len(layers) != 1 or not compared:
         return
     methods = [row for row in compared if not METHODS[row["method"]].draws]
-    better, worse = against(methods, "minus_random")
+    of_random = said_of(methods, "minus_random", "random")
+    of_none = said_of(methods, "minus_none", "dropping every visual token")
     more, less = against(methods, "minus_none")
-    of_random = said_of(better, worse, "minus_random", "random", len(methods))
-    of_none = said_of(more, less, "minus_none", "dropping every visual token", len(methods))
     advice = " Prune later, or drop everything." if less and not more else ""
     print(f"{benchmark}: {side_of_horizon(rows, layers[0], images)}: {of_random}; {of_none}."
           f"{advice}\n")
@@ -179,20 +177,18 @@ def side_of_horizon(rows: list[dict], layer: int, images: int) -> str:
     return f"too few questions to tell whether layer {layer} is past the horizon"
 
 
-def said_of(above: list[dict], below: list[dict], key: str, what: str, of: int) -> str:
+def said_of(methods: list[dict], key: str, what: str) -> str:
     """Say "5 of 6 methods beat random, by 9.6 to 15.6 points"."""
     parts = []
-    for rows, one, several in ((above, "beats", "beat"), (below, "loses to", "lose to")):
-        if rows:
-            leads = sorted(abs(row[key][0]) for row in rows)
-            span = f"{leads[0]:.1f}"
-            if len(leads) > 1:
-                span = f"{leads[0]:.1f} to {leads[-1]:.1f}"
-            verb = one if len(rows) == 1 else several
-            parts.append(f"{len(rows)} of {of} methods {verb} {what}, by {span} points")
-    if not parts:
-        return f"no method differs from {what}"
-    return " and ".join(parts)
+    verbs = [("beats", "beat"), ("loses to", "lose to")]
+    for rows, (one, several) in zip(against(methods, key), verbs):
+        leads = sorted(abs(row[key][0]) for row in rows)
+        if len(leads) == 1:
+            parts.append(f"1 of {len(methods)} methods {one} {what}, by {leads[0]:.1f} points")
+        elif leads:
+            parts.append(f"{len(leads)} of {len(methods)} methods {several} {what}, by "
+                         f"{leads[0]:.1f} to {leads[-1]:.1f} points")
+    return " and ".join(parts) or f"no method differs from {what}"
 
 
 # ---- a sweep over layers -------------------------------------------------------------------------
