@@ -317,8 +317,7 @@ def place_of(horizon: dict, L: int, rule: str) -> str:
 
 def print_information_verdict(benchmark: str, rows: list[dict], vanishes: int | None):
     """Print where information is gone, and where it misleads."""
-    base = mean_of_layer_1(rows)
-    if base is not None and base > 0:
+    if mean_of_layer_1(rows) > 0:
         gone = "never stays" if vanishes is None else f"from layer {vanishes} on stays"
         print(f"{benchmark}: mean information {gone} under 1 % of layer 1's (our rule).")
     misleading = []

@@ -97,18 +97,16 @@ def from_there_on(holds: list[bool]) -> int:
     return max((layer + 1 for layer, held in enumerate(holds) if not held), default=0)
 
 
-def mean_of_layer_1(rows: list[dict]) -> float | None:
-    """Return layer 1's mean, since layer 0's can be far higher than any other's; None where layer 1
+def mean_of_layer_1(rows: list[dict]) -> float:
+    """Return layer 1's mean, since layer 0's can be far higher than any other's; 0 where layer 1
     was not measured."""
-    return next((row["mean"] for row in rows if row["layer"] == 1), None)
+    return next((row["mean"] for row in rows if row["layer"] == 1), 0.0)
 
 
 def layer_without_information(rows: list[dict]) -> int | None:
-    """Return the first layer from which on the mean stays under 1 % of layer 1's; None if layer 1
-    was not measured, or if there is none, as where layer 1's is not above 0."""
+    """Return the first layer from which on the mean stays under 1 % of layer 1's; None if there is
+    none, as where layer 1's is not above 0 or was not measured."""
     base = mean_of_layer_1(rows)
-    if base is None:
-        return None
     place = from_there_on([abs(row["mean"]) < 0.01 * base for row in rows])
     return rows[place]["layer"] if place < len(rows) else None
 
