@@ -7,6 +7,7 @@ for nothing. What users wrote (questions, answers, file names) is data in that b
 import base64
 import hashlib
 import io
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -75,16 +76,12 @@ def data_block(questions: list[list[Measured]], about: str, guide: list[dict] = 
         for measured in models:
             number = images.setdefault(data_url(measured.image), len(images))
             entries[-1].append(entry_of(measured) | {"image": number})
-    methods = {name: {"color": METHODS[name].color, "says": first_sentence(METHODS[name])}
-               for name in entries[0][0]["methods"]}
+    methods = {}
+    for name in entries[0][0]["methods"]:
+        says = " ".join((METHODS[name].function.__doc__ or "").split())
+        methods[name] = {"color": METHODS[name].color, "says": says.split(". ")[0]}
     return {"images": list(images), "methods": methods, "questions": entries, "measured": about,
             "scales": SCALES, "guide": list(guide)}
-
-
-def first_sentence(method) -> str:
-    """Return what the method's docstring begins with, for a tooltip."""
-    text = " ".join((method.function.__doc__ or "").split())
-    return text.split(". ")[0]
 
 
 def data_url(image: Image.Image) -> str:
@@ -98,9 +95,7 @@ def data_url(image: Image.Image) -> str:
 def entry_of(measured: Measured) -> dict:
     """Return a question's part of the data block: answers by their number in `said`, sets of kept
     tokens as bits, other numbers as they are rounded on the page."""
-    given = [measured.unpruned]
-    for row in measured.answers.values():
-        given += row
+    given = [measured.unpruned, *itertools.chain(*measured.answers.values())]
     said = [answer for answer in dict.fromkeys(given) if answer is not None]
     methods = {}
     for name, row in measured.answers.items():
