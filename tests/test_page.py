@@ -241,7 +241,7 @@ def test_the_page_asks_for_nothing_and_its_policy_forbids_it():
                          template)
 
 
-def test_every_id_that_the_script_uses_exists_once():
+def test_what_the_script_uses_is_there_ids_in_the_page_and_fields_in_the_data_block():
     page = TEMPLATE.read_text("utf-8")
     ids = re.findall(r'\bid="([\w-]+)"', page)
     assert len(ids) == len(set(ids))
@@ -249,10 +249,6 @@ def test_every_id_that_the_script_uses_exists_once():
     numbered = {name + i for name in used for i in "01"} & set(ids)      # $("canvas" + i)
     assert used - {name[:-1] for name in numbered} <= set(ids) and len(numbered) == 6
     assert {"slider", "cells", "guide", "token", "data"} < used
-
-
-def test_every_field_that_the_script_reads_of_a_question_is_in_the_data_block():
-    page = TEMPLATE.read_text("utf-8")
     entry = data_block([[made_up()]], "")["questions"][0][0]
     read = set(re.findall(r"\b(?:asked|entry)\.(\w+)", page)) - {"N", "most"}
     assert read <= set(entry), read - set(entry)
