@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -32,13 +31,10 @@ except ImportError:                                     # Windows has no such lo
 
 ROOT = Path(__file__).resolve().parents[1]
 
-RANK = 0                                # number of this process
-WORLD = 1                               # how many processes there are
-LOCAL_RANK = 0                          # number of this process on its machine, and of its GPU
-if "TORCHELASTIC_RUN_ID" in os.environ:             # set by torchrun, with the three below
-    RANK = int(os.environ["RANK"])
-    WORLD = int(os.environ["WORLD_SIZE"])
-    LOCAL_RANK = int(os.environ["LOCAL_RANK"])
+from_torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK = int(from_torchrun.get("RANK", 0))                # number of this process
+WORLD = int(from_torchrun.get("WORLD_SIZE", 1))         # how many processes there are
+LOCAL_RANK = int(from_torchrun.get("LOCAL_RANK", 0))    # of this process on its machine; its GPU
 
 RESUMES = "what was answered is kept, and the same command resumes"
 DIED = f"another process of this run has ended; {RESUMES}, with as many processes as you like"
@@ -325,12 +321,12 @@ def read_ahead(model, batches: Iterable[list]):
     def prepare(question):
         return model.preprocess(read_image(question.image))
     pool = ThreadPoolExecutor(READERS)
-    waiting = deque()
+    waiting = []
     try:
         for batch in batches:
             waiting.append((batch, [pool.submit(prepare, question) for question in batch]))
             if len(waiting) > READERS:
-                yield waiting.popleft()
+                yield waiting.pop(0)
         yield from waiting
     finally:
         pool.shutdown(cancel_futures=True)
