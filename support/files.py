@@ -182,12 +182,23 @@ def read_header(image: Path | Published) -> Header:
 
 
 def read_image(image: Path | Published) -> Image.Image:
-    """Return the whole image, decoded: one of a user's own as a viewer shows it, one of a published
-    benchmark as its scripts read it. Raises InputError, but MemoryError where memory runs out."""
+    """Return the whole image, decoded: one of a user's own as a viewer shows it (turned, grey of 16
+    bits scaled, laid on white), one of a published benchmark as its scripts read it. Raises
+    InputError, but MemoryError where memory runs out."""
     with opened(image) as found:
         turned = orientation(found) > 1                 # asked of the header, as `read_header` does
         found.load()
-        return found if isinstance(image, Published) else as_shown(found, turned)
+        if isinstance(image, Published):
+            return found
+        if turned:
+            found = ImageOps.exif_transpose(found)
+        if found.mode.startswith(("I", "F")):               # more than 8 bits of grey
+            grey = np.asarray(found)
+            if found.mode == "F" or grey.max() > 65535:     # nobody says which number is white
+                raise ValueError("32 bits a pixel; want 8 or 16 bits a channel")
+            grey = (grey / 257).round().clip(0)             # 65535 is white
+            found = Image.fromarray(grey.astype(np.uint8))
+        return on_white(found) if found.has_transparency_data else found
 
 
 MOST_MEMORY = 2 ** 31                   # bytes of an image, padded to a square as LLaVA does
@@ -219,17 +230,3 @@ def orientation(image: Image.Image) -> int:
         value = Image.Image.getexif(image).get(0x0112, 1)
         return value if value in range(2, 9) else 1
     return 1
-
-
-def as_shown(image: Image.Image, turned: bool) -> Image.Image:
-    """Return the image as a viewer shows it: turned, 16-bit grey scaled, laid on white. Raises
-    ValueError where it is not known how white is stored."""
-    if turned:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):                   # more than 8 bits of grey
-        grey = np.asarray(image)
-        if image.mode == "F" or grey.max() > 65535:
-            raise ValueError("32 bits a pixel; want 8 or 16 bits a channel")
-        grey = (grey / 257).round().clip(0)                 # 65535 is white
-        image = Image.fromarray(grey.astype(np.uint8))
-    return on_white(image) if image.has_transparency_data else image
