@@ -398,13 +398,10 @@ def read_eos(path: Path, default: list[int]) -> set[int]:
     """Return the ids that end an answer: of generation_config.json, else of config.json, else of
     its text_config, else the default. Raises InputError."""
     config, raw = entries_of(path, "config.json")
-    for file, entries in (entries_of(path, "generation_config.json"), (config, raw),
-                          (config, section(raw, "text_config", config))):
-        ids = entries.get("eos_token_id")
-        if ids is not None:
-            break
-    else:
-        ids = default
+    places = [entries_of(path, "generation_config.json"), (config, raw),
+              (config, section(raw, "text_config", config)), (config, {"eos_token_id": default})]
+    file, ids = next((file, entries["eos_token_id"]) for file, entries in places
+                     if entries.get("eos_token_id") is not None)
     if not isinstance(ids, list):
         ids = [ids]
     if not ids or not all(type(token) is int for token in ids):
@@ -458,8 +455,8 @@ def load_weights(model, path: Path, device, dtype, renames: list, ignored: str, 
         embedding = next(name for name in wanted if name.endswith("embed_tokens.weight"))
         head = "lm_head.weight"
         for name, other in ((embedding, head), (head, embedding)):
-            if name not in weights and other in weights:
-                weights[name] = weights[other]
+            if other in weights:
+                weights.setdefault(name, weights[other])
     missing = sorted(wanted.keys() - weights.keys())
     if missing:
         raise InputError(f"{path}: {len(missing)} of {len(wanted)} tensors are missing, the first "
