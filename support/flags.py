@@ -1,6 +1,7 @@
 """The flags that programs share, and what they stand for: the model, the questions, layers. Below
 the programs, only this file and run.py take the parsed `args`."""
 import argparse
+import contextlib
 import difflib
 import math
 import random
@@ -58,13 +59,10 @@ def whole_or_all(text: str) -> int | None:
 def number_that(fits, want: str):
     """Return a type for argparse: a number that fits."""
     def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text}, want {want}")
-        return value
+        with contextlib.suppress(ValueError):
+            if fits(float(text)):
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text}, want {want}")
     return convert
 
 
