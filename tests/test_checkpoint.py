@@ -2,7 +2,6 @@
 and where it is found."""
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from support import checkpoint, flags
+from support.run import ROOT
 from tokprune import InputError
 
 # ---- layouts -------------------------------------------------------------------------------------
@@ -147,25 +147,18 @@ def test_bounds_come_from_the_folder_in_each_form_and_a_run_says_so(files, given
 # ---- the device, and the files of models --------------------------------------------------------
 
 def test_on_cuda_cudnn_plans_no_attention_and_rounds_no_convolution(monkeypatch):
+    switched = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    try:
-        torch.backends.cuda.enable_cudnn_sdp(True)
-        assert checkpoint.device_and_dtype("cpu", None) == (torch.device("cpu"), torch.float32)
-        assert torch.backends.cuda.cudnn_sdp_enabled()
-        assert checkpoint.device_and_dtype("cuda:1", None)[1] == torch.bfloat16
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-        assert not torch.backends.cudnn.allow_tf32
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
+    assert checkpoint.device_and_dtype("cpu", None) == (torch.device("cpu"), torch.float32)
+    assert switched == []
+    assert checkpoint.device_and_dtype("cuda:1", None)[1] == torch.bfloat16
+    assert switched == [False] and not torch.backends.cudnn.allow_tf32
 
 
 def test_names_of_models_stand_in_one_place():
-    """Nothing else below stairs or in a program asks which models exist."""
-    root = Path(__file__).parents[1]
-    for file in [*root.glob("*.py"), *root.glob("support/*.py")]:
-        if file.name.startswith("model_") or file.name == "checkpoint.py":
-            continue
+    """No program, nothing below stairs and no other model asks which models exist."""
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]:
         assert not re.search(r"\b(import|from) model_", file.read_text()), file
 
 
