@@ -215,6 +215,9 @@ ACCEPTED = [
                                             "resample": 3, "do_center_crop": True},
                     "chat_template": {"chat_template": LLAVA},
                     "config": {"text_config.model_type": "mistral"}}),
+    # a window of one token more than an image has
+    ("llava_tied", {"config": {"text_config.model_type": "mistral",
+                               "text_config.sliding_window": 17}}),
     ("qwen_tied", {"chat_template": {"chat_template": QWEN}}),
     # the first of transformers' files counts
     ("qwen3_tied", {"chat_template": {"chat_template": QWEN3},
@@ -284,13 +287,6 @@ def test_a_token_that_has_no_embedding_is_refused(name, monkeypatch):
             refuses((56, 56), "?")
 
 
-def test_a_window_larger_than_an_image_bounds_the_prompt(tmp_path):
-    window = load("llava_tied").config.side ** 2 + 1
-    entries = {"text_config.model_type": "mistral", "text_config.sliding_window": window}
-    model = checkpoint.load_model(copy_of("llava_tied", tmp_path, config=entries), "cpu")
-    assert model.config.text.max_position_embeddings == window
-
-
 # ---- not a number --------------------------------------------------------------------------------
 
 def test_numbers_that_overflow_end_a_run_by_the_name_of_the_question(tmp_path):
@@ -325,10 +321,7 @@ def test_a_method_ranks_no_hidden_state_and_no_measure_that_is_not_finite():
 
 def test_a_result_is_json_whatever_it_holds(tmp_path):
     run.write_result(tmp_path, {"a": [float("nan"), 1.5], "b": (float("inf"), "x")}, False)
-
-    def refuse(name):
-        raise AssertionError(name)
-    found = json.loads((tmp_path / "result.json").read_text(), parse_constant=refuse)
+    found = json.loads((tmp_path / "result.json").read_text())
     assert found == {"a": [None, 1.5], "b": [None, "x"]}
 
 
