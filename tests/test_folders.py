@@ -67,10 +67,6 @@ def written(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
-def removed(name):
-    return lambda folder: (folder / name).unlink()
-
-
 @pytest.mark.parametrize("change, message", [
     (lambda folder: first_shard(folder).unlink(), "missing: model-00001-of-"),
     (lambda folder: os.truncate(first_shard(folder), 5000), "cannot be read as safetensors"),
@@ -86,9 +82,9 @@ def removed(name):
     (written(INDEX, '{"weight_map": "x"}'), "want an object"),
     (written(INDEX, '{"weight_map": {"a": [1]}}'), "missing: [1]"),
     (written("config.json", "{"), "not valid JSON"),
-    (removed("config.json"), "config.json: not found"),
+    (lambda folder: (folder / "config.json").unlink(), "config.json: not found"),
     (written("tokenizer.json", "{}"), "not a valid tokenizer"),
-    (removed("tokenizer.json"), "tokenizer.json: not found"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: not found"),
     (written("tokenizer.json", POINTER), "tokenizer.json: a pointer of Git LFS, not the file"),
     (lambda folder: first_shard(folder).write_text(POINTER), "a pointer of Git LFS, not the file"),
     (written("generation_config.json", '{"eos_token_id": "</s>"}'), "want token ids"),
