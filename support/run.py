@@ -347,8 +347,7 @@ def attempt(work, batch: list, images: list):
     else:
         yield from zip(batch, records)
         return
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()                            # nothing where CUDA is not in use
     if len(batch) == 1:
         print(f"\n{Path(sys.argv[0]).name}: question {batch[0].id} ({batch[0].image}): out of "
               "memory", file=sys.stderr)
