@@ -246,9 +246,8 @@ def rows_of_prompt(ids: list[int], V: int, config) -> int:
     if rows > limit:
         raise InputError(f"prompt has {rows} tokens, longer than the {limit} that the model takes "
                          "(max_position_embeddings or sliding_window in config.json)")
-    largest = max(token for token in ids if token != config.image_token)
-    if largest >= config.text.vocab_size:
-        raise InputError(f"prompt has a token of id {largest}, and the model's vocab_size is "
+    if max(ids) >= config.text.vocab_size:
+        raise InputError(f"prompt has a token of id {max(ids)}, and the model's vocab_size is "
                          f"{config.text.vocab_size}")
     return rows
 

@@ -275,11 +275,14 @@ def test_a_prompt_past_the_last_position_or_a_window_is_refused(name, entries, t
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_token_that_has_no_embedding_is_refused(name, monkeypatch):
-    """A tokenizer with more tokens than the model: an IndexError, after the first answers."""
+    """A tokenizer with more tokens than the model: an IndexError, after the first answers. The image
+    has the largest id of a prompt."""
     model = load(name)
-    monkeypatch.setattr(model.config.text, "vocab_size", 3)
+    image = model.config.image_token
+    monkeypatch.setattr(model.config.text, "vocab_size", image)
+    said = f"a token of id {image}, and the model's vocab_size is {image}"
     for refuses in (model.shape, lambda size, text: model.begin(Image.new("RGB", size), text)):
-        with pytest.raises(InputError, match=r"a token of id \d+, and the model's vocab_size is 3"):
+        with pytest.raises(InputError, match=said):
             refuses((56, 56), "?")
 
 
