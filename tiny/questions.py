@@ -27,7 +27,7 @@ def ask_word(rng, scene: Scene) -> list:
     wrong = text
     while sum(a != b for a, b in zip(text, wrong)) < 2:
         wrong = "".join(rng.choices(GLYPHS, k=len(text)))
-    return yes_and_no(f'Is the {color} word "{text}"?', f'Is the {color} word "{wrong}"?')
+    return yes_and_no(f'Is the {color} word "{{}}"?', text, wrong)
 
 
 def ask_letter(rng, scene: Scene) -> list:
@@ -35,16 +35,15 @@ def ask_letter(rng, scene: Scene) -> list:
     text, color, _ = rng.choice(scene.words)
     wrong = rng.choice([glyph for glyph in GLYPHS if glyph not in text])
     right = rng.choice(text)
-    return yes_and_no(f'Is there a "{right}" in the {color} word?',
-                      f'Is there a "{wrong}" in the {color} word?')
+    return yes_and_no(f'Is there a "{{}}" in the {color} word?', right, wrong)
 
 
 def ask_length(rng, scene: Scene) -> list:
     text, color, _ = rng.choice(scene.words)
     right = len(text)
     wrong = rng.choice([n for n in (right - 1, right + 1) if 3 <= n <= 6])
-    return yes_and_no(f"Are there {NUMBERS[right]} characters in the {color} word?",
-                      f"Are there {NUMBERS[wrong]} characters in the {color} word?")
+    return yes_and_no(f"Are there {{}} characters in the {color} word?",
+                      NUMBERS[right], NUMBERS[wrong])
 
 
 def ask_digit(rng, scene: Scene) -> list:
@@ -71,20 +70,19 @@ def ask_existence(rng, scene: Scene) -> list:
     names = [shape.name for shape in scene.shapes]
     present = rng.choice(names)
     absent = rng.choice([name for name in SHAPES if name not in names])
-    return yes_and_no(f"Is there a {present} in this image?", f"Is there a {absent} in this image?")
+    return yes_and_no("Is there a {} in this image?", present, absent)
 
 
 def ask_count(rng, scene: Scene) -> list:
     right = len(scene.shapes)
     wrong = rng.choice([n for n in (right - 1, right + 1) if n > 0])
-    return yes_and_no(f"Are there {NUMBERS[right]} shapes in this image?",
-                      f"Are there {NUMBERS[wrong]} shapes in this image?")
+    return yes_and_no("Are there {} shapes in this image?", NUMBERS[right], NUMBERS[wrong])
 
 
 def ask_color(rng, scene: Scene) -> list:
     name, color, _ = rng.choice(scene.shapes)
     wrong = rng.choice([other for other in COLORS if other != color])
-    return yes_and_no(f"Is the {name} {color}?", f"Is the {name} {wrong}?")
+    return yes_and_no(f"Is the {name} {{}}?", color, wrong)
 
 
 def ask_relation(rng, scene: Scene) -> list:
@@ -103,7 +101,7 @@ def ask_relation(rng, scene: Scene) -> list:
     a, b, right, wrong = rng.choice(pairs)
     if rng.random() < 0.5:
         a, b, right, wrong = b, a, wrong, right
-    return yes_and_no(f"Is the {a} {right} the {b}?", f"Is the {a} {wrong} the {b}?")
+    return yes_and_no(f"Is the {a} {{}} the {b}?", right, wrong)
 
 
 def ask_side(rng, scene: Scene) -> list:
@@ -120,8 +118,7 @@ def ask_side(rng, scene: Scene) -> list:
     if not pairs:
         return []
     right, wrong = rng.choice(pairs)
-    return yes_and_no(f"Is the {name} {right} of this image?",
-                      f"Is the {name} {wrong} of this image?")
+    return yes_and_no(f"Is the {name} {{}} of this image?", right, wrong)
 
 
 def ask_half(rng, scene: Scene) -> list:
@@ -131,10 +128,7 @@ def ask_half(rng, scene: Scene) -> list:
     high = [shape.name for shape in scene.shapes if half_of(shape.box, scene, axis) == "high"]
     if not low or not high:
         return []
-    right = rng.choice(low)
-    wrong = rng.choice(high)
-    return yes_and_no(f"Is the {right} {where} of this image?",
-                      f"Is the {wrong} {where} of this image?")
+    return yes_and_no(f"Is the {{}} {where} of this image?", rng.choice(low), rng.choice(high))
 
 
 def ask_open(rng, scene: Scene) -> list:
@@ -158,8 +152,9 @@ def ask_more(rng, scene: Scene) -> list:
     return asked
 
 
-def yes_and_no(right: str, wrong: str) -> list[tuple[str, str]]:
-    return [(right, "Yes"), (wrong, "No")]
+def yes_and_no(question: str, right: str, wrong: str) -> list[tuple[str, str]]:
+    """Ask with each in place of "{}"."""
+    return [(question.format(right), "Yes"), (question.format(wrong), "No")]
 
 
 def center(box: tuple) -> tuple[float, float]:
@@ -215,33 +210,31 @@ MME = {"existence": ask_existence, "count": ask_count, "position": ask_half, "co
 MME_SIZES = 2 * (SQUARE + OBLONG) + LONGEST     # one in eight is longer than any in training
 
 
-def make_mme(folder: Path, images: int = 40):
-    """Write the official MME layout: images of each subtask, each with a Yes and a No."""
+def make_mme(folder: Path):
+    """Write the official MME layout: 40 images of each subtask, each with a Yes and a No."""
     for subtask, ask in MME.items():
-        make_subtask(folder / subtask, ask, images)
+        (folder / subtask).mkdir(parents=True, exist_ok=True)
+        rng = random.Random(f"mme {subtask}")
+        number = 0
+        while number < 40:
+            scene = draw_scene(rng, True, rng.choice(MME_SIZES))
+            pair = ask(rng, scene)
+            if not pair:
+                continue
+            number += 1
+            save(scene, folder / subtask / f"{number:04}.jpg")
+            lines = [f"{question} Please answer yes or no.\t{answer}\n"
+                     for question, answer in pair]
+            (folder / subtask / f"{number:04}.txt").write_text("".join(lines))
 
 
-def make_subtask(folder: Path, ask, images: int):
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(f"mme {folder.name}")
-    number = 0
-    while number < images:
-        scene = draw_scene(rng, True, rng.choice(MME_SIZES))
-        pair = ask(rng, scene)
-        if not pair:
-            continue
-        number += 1
-        save(scene, folder / f"{number:04}.jpg")
-        lines = [f"{question} Please answer yes or no.\t{answer}\n" for question, answer in pair]
-        (folder / f"{number:04}.txt").write_text("".join(lines))
-
-
-def make_textvqa(folder: Path, images: int = 160):
-    """Write the official TextVQA layout: a question about each word, ten annotators who agree."""
+def make_textvqa(folder: Path):
+    """Write the official TextVQA layout: 160 images, a question about each word, ten annotators who
+    agree."""
     (folder / "train_images").mkdir(parents=True, exist_ok=True)
     rng = random.Random("textvqa")
     data = []
-    for number in range(images):
+    for number in range(160):
         scene = draw_scene(rng, test=True)
         save(scene, folder / "train_images" / f"{number:04}.jpg")
         for question, text in ask_text(rng, scene):
