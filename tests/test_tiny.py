@@ -19,7 +19,6 @@ from support.benchmarks import load_benchmark
 from tiny import agreement, make, promise, training
 from tiny.batches import CHATML, VICUNA, Batches
 from tiny.scenes import draw_scene
-from tiny.vocabulary import llava_tokenizer, qwen_tokenizer
 
 TINY = Path(__file__).parents[1] / "tiny"
 
@@ -64,14 +63,13 @@ def test_no_test_image_can_be_a_training_image():
 
 # ---- training ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, stage, chat, tokenizer",
-                         [("llava", make.LLAVA_STAGES[-1], VICUNA, llava_tokenizer),
-                          ("qwen", make.QWEN_STAGES[-1], CHATML, qwen_tokenizer)])
-def test_a_built_in_model_answers_what_it_was_trained_on(name, stage, chat, tokenizer):
+@pytest.mark.parametrize("name, stage, chat", [("llava", make.LLAVA_STAGES[-1], VICUNA),
+                                               ("qwen", make.QWEN_STAGES[-1], CHATML)])
+def test_a_built_in_model_answers_what_it_was_trained_on(name, stage, chat):
     """Prompt, pixels, positions and targets of a batch are those that the models were trained with:
     targets one row off would cost about 8."""
     model = checkpoint.load_model(TINY / name)
-    grid, *data = Batches(replace(stage, images=1), chat, tokenizer())[0]
+    grid, *data = Batches(replace(stage, images=1), chat)[0]
     assert training.answer_loss(model, training.masked_layer, grid.tolist(), *data) < 0.2
 
 
@@ -80,7 +78,7 @@ def test_training_steps_change_the_weights_and_are_not_taken_again(tmp_path, mon
     monkeypatch.setattr(training, "WORK", tmp_path)
     monkeypatch.setattr(training.torch.utils.data, "DataLoader",
                         lambda batches, sampler, **_: map(batches.__getitem__, sampler))
-    model = make.make_llava(1, llava_tokenizer())
+    model = make.make_llava(1, VICUNA.tokenizer())
     stage = replace(make.LLAVA_STAGES[-1], name="short", steps=2, images=1)
     seen = []
 
@@ -89,8 +87,7 @@ def test_training_steps_change_the_weights_and_are_not_taken_again(tmp_path, mon
         return training.answer_loss(model, training.masked_layer, grid, pixels, *rows)
 
     def train(seed):
-        batches = Batches(stage, VICUNA, llava_tokenizer(), seed)
-        training.train(model, loss, batches, torch.device("cpu"))
+        training.train(model, loss, Batches(stage, VICUNA, seed), torch.device("cpu"))
         return {name: p.clone() for name, p in model.state_dict().items()}
     before = {name: p.clone() for name, p in model.state_dict().items()}
     after = train(seed=0)

@@ -9,7 +9,6 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import Tokenizer
 from torch import Tensor
 
 import model_llava
@@ -18,7 +17,7 @@ from support.image import CLIP_MEAN, CLIP_STD, normalize, patchify
 from support.benchmarks import SHORT
 from tiny.questions import training_questions
 from tiny.scenes import GLYPHS, SIDE, Scene, draw_scene
-from tiny.vocabulary import COLORS, SHAPES
+from tiny.vocabulary import COLORS, SHAPES, llava_tokenizer, qwen_tokenizer
 
 PATCH = 14                  # pixels of a visual token's side, in both models
 UNASKED = -100              # the target where nothing is to be said: cross_entropy leaves it out
@@ -40,11 +39,11 @@ class Stage:
 class Batches(torch.utils.data.Dataset):
     """Batch i of a stage, the same whenever it is asked for: grid, pixels, and labels or rows."""
 
-    def __init__(self, stage: Stage, chat: "Chat", tokenizer: Tokenizer, seed: int = 0):
+    def __init__(self, stage: Stage, chat: "Chat", seed: int = 0):
         self.name = f"{stage.name}-{seed}" if seed else stage.name  # seeds draws, names checkpoints
         self.stage = stage
         self.chat = chat
-        self.tokenizer = tokenizer
+        self.tokenizer = chat.tokenizer()
 
     def __getitem__(self, i: int):
         stage = self.stage
@@ -67,20 +66,16 @@ class Batches(torch.utils.data.Dataset):
         -> ids (T), positions (axes, T), block (T), targets (T). block: 0 for the shared beginning,
         the question's number, -1 for padding.
         """
-        ids = []
-        block = []
-        targets = []
+        before, _, _ = self.encode("", "")
+        ids = before + [self.tokenizer.token_to_id(self.chat.image)] * (grid[0] * grid[1])
+        block = [0] * len(ids)
+        targets = [UNASKED] * len(ids)
+        pos, next_pos = self.chat.positions(len(before), grid, len(ids))
         asked = training_questions(rng, scene, self.stage.asked, self.stage.words_first)
         for number, (question, answer) in enumerate(asked, 1):
             if rng.random() >= 0.2:             # some without, so that the answer does not need it
                 question += SHORT
-            before, turn, to_say = self.encode(question, answer)
-            if number == 1:
-                image = self.tokenizer.token_to_id(self.chat.image)
-                ids = before + [image] * (grid[0] * grid[1])
-                block = [0] * len(ids)
-                targets = [UNASKED] * len(ids)
-                pos, next_pos = self.chat.positions(len(before), grid, len(ids))
+            _, turn, to_say = self.encode(question, answer)
             if len(ids) + len(turn) > self.chat.rows:
                 break
             ids += turn
@@ -109,6 +104,7 @@ class Batches(torch.utils.data.Dataset):
 @dataclass
 class Chat:
     """How a model is shown an image and asked a question."""
+    tokenizer: Callable         # () -> it
     prompt: str
     image: str                  # its token in the prompt
     end: str                    # the token that ends an answer
@@ -169,7 +165,7 @@ def token_centers(scene: Scene) -> list[tuple[float, float]]:
     return [((column + 0.5) * PATCH, (row + 0.5) * PATCH) for row in rows for column in columns]
 
 
-VICUNA = Chat(model_llava.PROMPT, "<image>", "</s>", 212, llava_positions, show_llava,
-              token_labels)
-CHATML = Chat(model_qwen.PROMPT, "<|image_pad|>", "<|im_end|>", 221, model_qwen.positions,
-              show_qwen, token_labels_and_halves)
+VICUNA = Chat(llava_tokenizer, model_llava.PROMPT, "<image>", "</s>", 212, llava_positions,
+              show_llava, token_labels)
+CHATML = Chat(qwen_tokenizer, model_qwen.PROMPT, "<|image_pad|>", "<|im_end|>", 221,
+              model_qwen.positions, show_qwen, token_labels_and_halves)

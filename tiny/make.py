@@ -17,6 +17,7 @@ used if there is one.
 import argparse
 import sys
 from pathlib import Path
+from typing import Callable
 
 import torch
 from torch import nn
@@ -27,12 +28,11 @@ sys.path.insert(0, str(HERE.parent))
 import model_llava  # noqa: E402
 import model_qwen  # noqa: E402
 from tiny import questions as ask  # noqa: E402
-from tiny.batches import CHATML, PATCH, VICUNA, Batches, Stage  # noqa: E402
+from tiny.batches import CHATML, PATCH, VICUNA, Batches, Chat, Stage  # noqa: E402
 from tiny.export import export_llava, export_qwen  # noqa: E402
 from tiny.scenes import OBLONG, SIDE, SQUARE  # noqa: E402
-from tiny.training import (LabelHeads, answer_loss, double, label_loss, masked_layer,  # noqa: E402
-                           speed_up, train)
-from tiny.vocabulary import llava_tokenizer, qwen_tokenizer  # noqa: E402
+from tiny.training import (answer_loss, double, llava_tower, masked_layer,  # noqa: E402
+                           qwen_tower, speed_up, train)
 
 ALL_SIZES = SQUARE + OBLONG
 HALF_SQUARE = 6 * SQUARE + OBLONG
@@ -70,58 +70,29 @@ QWEN_STAGES = [
     Stage("qwen-last", 400, 400, 8e-4, 16, ALL_SIZES, ask.MORE_COLOR)]
 
 
-def train_llava(device: torch.device, seed: int) -> model_llava.Llava:
+def train_model(make: Callable, layers: int, tower_and_loss: Callable, stages: list[Stage],
+                chat: Chat, device: torch.device, seed: int) -> nn.Module:
     """Run the stages in order, each from its own checkpoint if there is one."""
     torch.manual_seed(seed)
-    tokenizer = llava_tokenizer()
-    model = make_llava(12, tokenizer).to(device)
-    heads = LabelHeads(model.config.vision.hidden_size).to(device)
+    model = make(layers, chat.tokenizer()).to(device)
     layer = torch.compile(masked_layer)
-    speed_up(model.vision_tower.encoder.layers)
-
-    def tower_loss(grid, pixels, labels):
-        return heads.loss(model.vision_tower, pixels, labels)
+    speed_up(model)
 
     def loss(*batch):
         return answer_loss(model, layer, *batch)
 
-    for stage in LLAVA_STAGES:
-        batches = Batches(stage, VICUNA, tokenizer, seed)
-        if stage.name == "tower":
-            train(nn.ModuleList([model.vision_tower, heads]), tower_loss, batches, device)
+    for stage in stages:
+        batches = Batches(stage, chat, seed)
+        if stage.asked is None:
+            tower, tower_loss = tower_and_loss(model)
+            train(tower.to(device), tower_loss, batches, device)
             continue
-        if stage.name == "deep":
-            model = double(model, make_llava).to(device)
-            speed_up(model.vision_tower.encoder.layers)
+        if stage.name in ("deep", "qwen-deep"):
+            model = double(model, make).to(device)
+            speed_up(model)
         if stage.name == "shapes":      # begun from the exported weights, which are bfloat16
             for p in model.parameters():
                 p.data = p.data.bfloat16().float()
-        train(model, loss, batches, device)
-    return model
-
-
-def train_qwen(device: torch.device, seed: int) -> model_qwen.Qwen:
-    torch.manual_seed(seed)
-    tokenizer = qwen_tokenizer()
-    model = make_qwen(14, tokenizer).to(device)
-    layer = torch.compile(masked_layer)
-    speed_up(model.visual.blocks)
-
-    def tower_loss(*batch):
-        return label_loss(model, *batch)
-
-    def loss(*batch):
-        return answer_loss(model, layer, *batch)
-
-    for stage in QWEN_STAGES:
-        batches = Batches(stage, CHATML, tokenizer, seed)
-        if stage.name == "qwen-tower":
-            tower = nn.ModuleList([model.visual, model.model.embed_tokens])
-            train(tower, tower_loss, batches, device)
-            continue
-        if stage.name == "qwen-deep":
-            model = double(model, make_qwen).to(device)
-            speed_up(model.visual.blocks)
         train(model, loss, batches, device)
     return model
 
@@ -196,9 +167,11 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     suffix = f"-{args.seed}" if args.seed else ""
     if args.only != "qwen":
-        export_llava(train_llava(device, args.seed), HERE / f"llava{suffix}")
+        llava = train_model(make_llava, 12, llava_tower, LLAVA_STAGES, VICUNA, device, args.seed)
+        export_llava(llava, HERE / f"llava{suffix}")
     if args.only != "llava":
-        export_qwen(train_qwen(device, args.seed), HERE / f"qwen{suffix}")
+        qwen = train_model(make_qwen, 14, qwen_tower, QWEN_STAGES, CHATML, device, args.seed)
+        export_qwen(qwen, HERE / f"qwen{suffix}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,10 @@ def train(module: nn.Module, loss: Callable, batches: Batches, device: torch.dev
         done = step + 1
         if done % 100 == 0 or done == stage.steps:
             minutes = (time.time() - begun) / 60
-            log(f"{batches.name}: step {done}/{stage.steps}, loss {mean:.4f}, {minutes:.1f} min")
+            line = f"{batches.name}: step {done}/{stage.steps}, loss {mean:.4f}, {minutes:.1f} min"
+            print(line, flush=True)
+            with (WORK / "log.txt").open("a") as log:
+                log.write(line + "\n")
             state = {"module": module.state_dict(), "opt": opt.state_dict(), "step": done}
             torch.save(state, file.with_suffix(".new"))
             file.with_suffix(".new").replace(file)      # whole, or not at all
@@ -67,12 +70,6 @@ def rate_at(step: int, stage: Stage) -> float:
     warm_up = (step + 1) / 100
     cosine = (1 + math.cos(math.pi * step / stage.decay)) / 2
     return stage.rate * min(warm_up, 0.02 + 0.98 * cosine)
-
-
-def log(line: str):
-    print(line, flush=True)
-    with (WORK / "log.txt").open("a") as f:
-        f.write(line + "\n")
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -134,44 +131,49 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) 
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-class LabelHeads(nn.Module):
-    """Reads glyph, place, color and shape off each patch feature. LLaVA's tower is trained with
-    them first; then they are thrown away."""
+def llava_tower(model: model_llava.Llava) -> tuple[nn.Module, Callable]:
+    """Return what LLaVA's first stage trains and its loss: heads read glyph, place, color and shape
+    off each patch feature; then they are thrown away."""
+    classes = [len(GLYPHS), 6, len(COLORS), len(SHAPES)]
+    heads = nn.ModuleList(nn.Linear(model.config.vision.hidden_size, n + 1) for n in classes)
 
-    def __init__(self, width: int):
-        super().__init__()
-        classes = [len(GLYPHS), 6, len(COLORS), len(SHAPES)]
-        self.heads = nn.ModuleList(nn.Linear(width, n + 1) for n in classes)
-
-    def loss(self, tower: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
-        x = tower(pixels)[0]
-        loss = 0
-        for i, head in enumerate(self.heads):
-            loss = loss + F.cross_entropy(head(x).float().flatten(0, 1), labels[..., i].flatten())
-        return loss
+    def loss(grid, pixels, labels):
+        x = model.vision_tower(pixels)[0]
+        return label_loss([head(x) for head in heads], labels)
+    return nn.ModuleList([model.vision_tower, heads]), loss
 
 
-def label_loss(model: model_qwen.Qwen, grid, pixels: Tensor, labels: Tensor) -> Tensor:
-    """Return the same loss for Qwen, with the half each token lies in, in the decoder's own words:
-    there are no heads to throw away."""
-    x = model.visual(pixels, grid)[0]
+def qwen_tower(model: model_qwen.Qwen) -> tuple[nn.Module, Callable]:
+    """Return the same for Qwen, with the half each token lies in, in the decoder's own words: there
+    are no heads to throw away."""
     choices = [list(GLYPHS)]
     for words in (NUMBERS[1:], COLORS, SHAPES, ["top", "bottom"], ["left", "right"]):
         choices.append(["Ġ" + word for word in words])
-    loss = 0
-    for i, tokens in enumerate(choices):
-        ids = [model.tokenizer.token_to_id(token) for token in tokens]
-        scores = x @ model.model.embed_tokens.weight[ids].T
-        scores = F.pad(scores.float(), (1, 0))                  # 0 for none
-        loss = loss + F.cross_entropy(scores.flatten(0, 1), labels[..., i].flatten())
-    return loss
+    embedding = model.model.embed_tokens
+
+    def loss(grid, pixels, labels):
+        x = model.visual(pixels, grid)[0]
+        scores = []
+        for tokens in choices:
+            ids = [model.tokenizer.token_to_id(token) for token in tokens]
+            scores.append(F.pad(x @ embedding.weight[ids].T, (1, 0)))       # 0 for none
+        return label_loss(scores, labels)
+    return nn.ModuleList([model.visual, embedding]), loss
+
+
+def label_loss(scores: list[Tensor], labels: Tensor) -> Tensor:
+    """Return the sum of the cross entropies of the columns of labels (B, V, columns)."""
+    return sum(F.cross_entropy(column.float().flatten(0, 1), labels[..., i].flatten())
+               for i, column in enumerate(scores))
 
 
 # ---- speed and depth -----------------------------------------------------------------------------
 
-def speed_up(blocks):
-    """Compile the blocks of a tower, and spell their attention out. It lasts: only make.py, which
+def speed_up(model):
+    """Compile the blocks of the tower, and spell their attention out. It lasts: only make.py, which
     does nothing else, may call it."""
+    is_qwen = isinstance(model, model_qwen.Qwen)
+    blocks = model.visual.blocks if is_qwen else model.vision_tower.encoder.layers
     F.scaled_dot_product_attention = attention
     torch._dynamo.config.recompile_limit = 64       # one version of a block for each image size
     for block in blocks:
@@ -181,17 +183,13 @@ def speed_up(blocks):
 def double(model, make: Callable):
     """Return a model with every decoder layer twice in a row, each adding half of what it did: to
     first order the same function. make: (layers, tokenizer) -> model."""
-    state = {}
-    for name, p in model.state_dict().items():
-        layer = re.fullmatch(r"((?:language_)?model\.layers\.)(\d+)(\..*)", name)
-        if layer is None:
-            state[name] = p
-            continue
-        before, number, after = layer.groups()
-        if after.endswith(("o_proj.weight", "down_proj.weight")):
-            p = p / 2
-        state[f"{before}{2 * int(number)}{after}"] = p
-        state[f"{before}{2 * int(number) + 1}{after}"] = p
+    state = model.state_dict()
     doubled = make(2 * model.num_layers, model.tokenizer)
-    doubled.load_state_dict(state)                  # copies
+    twice = {}
+    for name in doubled.state_dict():
+        single = re.sub(r"(?<=model\.layers\.)\d+", lambda i: str(int(i[0]) // 2), name)
+        twice[name] = state[single]
+        if "model.layers." in name and name.endswith(("o_proj.weight", "down_proj.weight")):
+            twice[name] = state[single] / 2
+    doubled.load_state_dict(twice)                  # copies
     return doubled
