@@ -53,7 +53,7 @@ class Batches(torch.utils.data.Dataset):
         shown = [self.chat.show(scene.image) for scene in scenes]
         grid = shown[0][1]
         if stage.asked is None:
-            rows = [(self.chat.labels(scene),) for scene in scenes]
+            rows = [(token_labels(scene),) for scene in scenes]
         else:
             rows = [self.pack(rng, scene, grid) for scene in scenes]
         pixels = torch.stack([pixels for pixels, _ in shown])
@@ -111,7 +111,6 @@ class Chat:
     rows: int                   # of a training sequence: about 148 after the image
     positions: Callable         # (first row of the image, grid, T) -> (axes, T), and the next one
     show: Callable              # image -> pixels, grid
-    labels: Callable            # scene -> what lies on each visual token
 
 
 def show_llava(image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
@@ -129,8 +128,9 @@ def llava_positions(first: int, grid: tuple[int, int], T: int) -> tuple[Tensor, 
 
 
 def token_labels(scene: Scene) -> list[list[int]]:
-    """Return what lies on the center of each visual token (V, 4): glyph, its place in the word,
-    color, shape; counted from 1, 0 for none."""
+    """Return what lies on the center of each visual token (V, 6): glyph, its place in the word,
+    color, shape; counted from 1, 0 for none. Then the halves of the image that it lies in: upper or
+    lower, left or right, 1 or 2. Only Qwen's tower is asked for these."""
     things = []
     for _, color, cells in scene.words:
         for place, (glyph, box) in enumerate(cells, 1):
@@ -144,15 +144,6 @@ def token_labels(scene: Scene) -> list[list[int]]:
         for (a, b, c, d), thing in things:
             if a <= x <= c and b <= y <= d:
                 label = thing
-        labels.append(label)
-    return labels
-
-
-def token_labels_and_halves(scene: Scene) -> list[list[int]]:
-    """Return (V, 6): the same, and whether the token lies in the upper or lower, left or right
-    half, 1 or 2."""
-    labels = []
-    for label, (x, y) in zip(token_labels(scene), token_centers(scene)):
         lower = 2 if 2 * y > scene.image.height else 1
         right = 2 if 2 * x > scene.image.width else 1
         labels.append([*label, lower, right])
@@ -166,6 +157,6 @@ def token_centers(scene: Scene) -> list[tuple[float, float]]:
 
 
 VICUNA = Chat(llava_tokenizer, model_llava.PROMPT, "<image>", "</s>", 212, llava_positions,
-              show_llava, token_labels)
+              show_llava)
 CHATML = Chat(qwen_tokenizer, model_qwen.PROMPT, "<|image_pad|>", "<|im_end|>", 221,
-              model_qwen.positions, show_qwen, token_labels_and_halves)
+              model_qwen.positions, show_qwen)
