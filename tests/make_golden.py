@@ -363,19 +363,17 @@ def record_configs():
     for file, config_class in (("qwen_configs.json", Qwen2_5_VLConfig),
                                ("qwen3_configs.json", Qwen3VLConfig)):
         found = json.loads((GOLDEN / file).read_text())
-        found[transformers.__version__] = saved_again(config_class, found["published"])
+        found[transformers.__version__] = {name: saved_again(config_class, config)
+                                           for name, config in found["published"].items()}
         write(file, found, compact=True)
 
 
-def saved_again(config_class, published: dict[str, dict]) -> dict:
-    resaved = {}
-    for name, config in published.items():
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "config.json"
-            file.write_text(json.dumps(config))
-            config_class.from_pretrained(folder).save_pretrained(folder)
-            resaved[name] = json.loads(file.read_text())
-    return resaved
+def saved_again(config_class, published: dict) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps(published))
+        config_class.from_pretrained(folder).save_pretrained(folder)
+        return json.loads(file.read_text())
 
 
 # ---- the small checkpoints -----------------------------------------------------------------------
