@@ -78,6 +78,17 @@ class Counted(TorchDispatchMode):
         return out
 
 
+def greedy(model, stream, steps):
+    """(steps, vocab) and (steps,): the logits and the tokens of an answer, one by one."""
+    logits = []
+    tokens = []
+    for _ in range(steps):
+        logits.append(model.logits(stream)[0])
+        tokens.append(logits[-1].argmax())
+        stream = model.run(model.append(stream, tokens[-1].view(1, 1)))
+    return torch.stack(logits), torch.stack(tokens)
+
+
 def logits_of_answer(model, stream, tokens):
     """(steps, vocab): of each token of an answer, from one pass over all of them."""
     first = model.logits(stream)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import MODULES, ONE_OF_EACH, Counted, decoder_of, load
+from checkpoints import MODULES, ONE_OF_EACH, Counted, decoder_of, greedy, load
 from PIL import Image
 from samples import QUESTIONS, images
 
@@ -163,28 +163,13 @@ def test_logits_are_float32_of_the_row_that_is_asked_for(model, start, full):
         model.logits(start)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_logits_of_a_model_in_bfloat16_are_float32(name):
-    model = load(name, torch.bfloat16)
-    full = model.run(model.begin(images()["square"], "?"))
-    assert full.x.dtype == torch.bfloat16 and model.logits(full).dtype == torch.float32
-
-
-def greedy_ids(model, stream, steps):
-    ids = []
-    for _ in range(steps):
-        ids.append(model.logits(stream).argmax().item())
-        stream = model.run(model.append(stream, torch.tensor([ids[-1:]])))
-    return ids
-
-
 def test_decode_is_greedy_for_each_variant_until_its_eos_and_leaves_the_stream_as_it_was(
         model, full, monkeypatch):
     """Two variants of other last rows, so that they answer otherwise. One ends, the other goes on.
     """
     other = replace(full, x=full.x.roll(3, 1))
     both = replace(full, x=torch.cat([full.x, other.x]))
-    alone = [greedy_ids(model, stream, 4) for stream in (full, other)]
+    alone = [greedy(model, stream, 4)[1].tolist() for stream in (full, other)]
     want = [model.tokenizer.decode(ids).strip() for ids in alone]
     assert want[0] != want[1]
     monkeypatch.setattr(model, "eos", set())
@@ -196,11 +181,6 @@ def test_decode_is_greedy_for_each_variant_until_its_eos_and_leaves_the_stream_a
         cut = list(want)
         cut[ends] = model.tokenizer.decode(alone[ends][:alone[ends].index(eos)]).strip()
         assert model.decode(both, 4) == cut
-
-
-def test_answer_ids_are_the_answer_and_nothing_of_nothing(model):
-    assert model.tokenizer.decode(model.answer_ids("Yes")).strip() == "Yes"
-    assert model.answer_ids("") == []
 
 
 # ---- several prompts -----------------------------------------------------------------------------

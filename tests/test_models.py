@@ -181,6 +181,7 @@ def test_answer_tokens_are_those_that_follow_the_prompt(golden):
     prompt = MODULES[name].PROMPT.format(question="what?")
     ids = model.tokenizer.encode(prompt).ids
     assert model.answer_ids("Yes") == model.tokenizer.encode(prompt + space + "Yes").ids[len(ids):]
+    assert model.answer_ids("") == []
 
 
 @pytest.mark.parametrize("name", ["llava_tied", "qwen_untied", "qwen3_tied"])
@@ -230,7 +231,8 @@ def test_no_layer_converts_between_precisions_for_a_token_in_bfloat16(name):
     full = model.run(begin(model, recording(name)[0][0]))
     token = model.append(full, torch.tensor([[5]]))
     with Counted() as counted:
-        model.logits(model.run(token))
+        logits = model.logits(model.run(token))
+    assert full.x.dtype == torch.bfloat16 and logits.dtype == torch.float32
     # the position to float32, cos and sin to bfloat16, and the logits to float32
     assert counted.ops["to"] == 4
 

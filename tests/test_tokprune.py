@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import MODULES, ONE_OF_EACH, decoder_of, load
+from checkpoints import MODULES, ONE_OF_EACH, decoder_of, greedy, load
 from samples import QUESTIONS, images
 
 import eval as evaluation
@@ -150,14 +150,8 @@ def test_decoding_through_the_ragged_cache_equals_one_teacher_forced_pass(model,
     for layer, n in ((1, 9), (2, 4)):
         stream = prune(model, model.run(stream, stop=layer), method, n, info=info)
         kept.append((layer, stream.origin[0], stream.x[:, first:first + n]))
-    stream = model.run(stream)
-    logits = []
-    tokens = []
-    for _ in range(4):
-        logits.append(model.logits(stream)[0])
-        tokens.append(logits[-1].argmax())
-        stream = model.run(model.append(stream, tokens[-1].view(1, 1)))
-    answer = model.append(start, torch.stack(tokens)[None])
+    logits, tokens = greedy(model, model.run(stream), 4)
+    answer = model.append(start, tokens[None])
     forced = replace(start, x=torch.cat([start.x, answer.x], 1),
                      pos=torch.cat([start.pos, answer.pos], -1))
     for layer, origin, rows in kept:
@@ -167,7 +161,7 @@ def test_decoding_through_the_ragged_cache_equals_one_teacher_forced_pass(model,
         forced.x[:, first:first + len(origin)] = rows
     forced = model.run(forced)
     want = [model.logits(forced, row)[0] for row in range(-5, -1)]
-    close(torch.stack(logits), torch.stack(want))
+    close(logits, torch.stack(want))
 
 
 def test_variants_in_one_batch_equal_each_on_its_own(model, reached, info):
