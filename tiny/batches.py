@@ -104,7 +104,7 @@ class Batches(torch.utils.data.Dataset):
 @dataclass
 class Chat:
     """How a model is shown an image and asked a question."""
-    tokenizer: Callable         # () -> it
+    tokenizer: Callable         # () -> its tokenizer
     prompt: str
     image: str                  # its token in the prompt
     end: str                    # the token that ends an answer
