@@ -275,8 +275,8 @@ def test_a_prompt_past_the_last_position_or_a_window_is_refused(name, entries, t
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_token_that_has_no_embedding_is_refused(name, monkeypatch):
-    """A tokenizer with more tokens than the model: an IndexError, after the first answers. The image
-    has the largest id of a prompt."""
+    """A tokenizer with more tokens than the model: an IndexError, after the first answers. The
+    image has the largest id of a prompt."""
     model = load(name)
     image = model.config.image_token
     monkeypatch.setattr(model.config.text, "vocab_size", image)

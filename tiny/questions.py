@@ -27,7 +27,7 @@ def ask_word(rng, scene: Scene) -> list:
     wrong = text
     while sum(a != b for a, b in zip(text, wrong)) < 2:
         wrong = "".join(rng.choices(GLYPHS, k=len(text)))
-    return yes_and_no(f'Is the {color} word "{{}}"?', text, wrong)
+    return yes_and_no(f'Is the {color} word "{text}"?', f'Is the {color} word "{wrong}"?')
 
 
 def ask_letter(rng, scene: Scene) -> list:
@@ -35,15 +35,16 @@ def ask_letter(rng, scene: Scene) -> list:
     text, color, _ = rng.choice(scene.words)
     wrong = rng.choice([glyph for glyph in GLYPHS if glyph not in text])
     right = rng.choice(text)
-    return yes_and_no(f'Is there a "{{}}" in the {color} word?', right, wrong)
+    return yes_and_no(f'Is there a "{right}" in the {color} word?',
+                      f'Is there a "{wrong}" in the {color} word?')
 
 
 def ask_length(rng, scene: Scene) -> list:
     text, color, _ = rng.choice(scene.words)
     right = len(text)
     wrong = rng.choice([n for n in (right - 1, right + 1) if 3 <= n <= 6])
-    return yes_and_no(f"Are there {{}} characters in the {color} word?",
-                      NUMBERS[right], NUMBERS[wrong])
+    return yes_and_no(f"Are there {NUMBERS[right]} characters in the {color} word?",
+                      f"Are there {NUMBERS[wrong]} characters in the {color} word?")
 
 
 def ask_digit(rng, scene: Scene) -> list:
@@ -70,19 +71,20 @@ def ask_existence(rng, scene: Scene) -> list:
     names = [shape.name for shape in scene.shapes]
     present = rng.choice(names)
     absent = rng.choice([name for name in SHAPES if name not in names])
-    return yes_and_no("Is there a {} in this image?", present, absent)
+    return yes_and_no(f"Is there a {present} in this image?", f"Is there a {absent} in this image?")
 
 
 def ask_count(rng, scene: Scene) -> list:
     right = len(scene.shapes)
     wrong = rng.choice([n for n in (right - 1, right + 1) if n > 0])
-    return yes_and_no("Are there {} shapes in this image?", NUMBERS[right], NUMBERS[wrong])
+    return yes_and_no(f"Are there {NUMBERS[right]} shapes in this image?",
+                      f"Are there {NUMBERS[wrong]} shapes in this image?")
 
 
 def ask_color(rng, scene: Scene) -> list:
     name, color, _ = rng.choice(scene.shapes)
     wrong = rng.choice([other for other in COLORS if other != color])
-    return yes_and_no(f"Is the {name} {{}}?", color, wrong)
+    return yes_and_no(f"Is the {name} {color}?", f"Is the {name} {wrong}?")
 
 
 def ask_relation(rng, scene: Scene) -> list:
@@ -101,7 +103,7 @@ def ask_relation(rng, scene: Scene) -> list:
     a, b, right, wrong = rng.choice(pairs)
     if rng.random() < 0.5:
         a, b, right, wrong = b, a, wrong, right
-    return yes_and_no(f"Is the {a} {{}} the {b}?", right, wrong)
+    return yes_and_no(f"Is the {a} {right} the {b}?", f"Is the {a} {wrong} the {b}?")
 
 
 def ask_side(rng, scene: Scene) -> list:
@@ -118,7 +120,8 @@ def ask_side(rng, scene: Scene) -> list:
     if not pairs:
         return []
     right, wrong = rng.choice(pairs)
-    return yes_and_no(f"Is the {name} {{}} of this image?", right, wrong)
+    return yes_and_no(f"Is the {name} {right} of this image?",
+                      f"Is the {name} {wrong} of this image?")
 
 
 def ask_half(rng, scene: Scene) -> list:
@@ -128,7 +131,10 @@ def ask_half(rng, scene: Scene) -> list:
     high = [shape.name for shape in scene.shapes if half_of(shape.box, scene, axis) == "high"]
     if not low or not high:
         return []
-    return yes_and_no(f"Is the {{}} {where} of this image?", rng.choice(low), rng.choice(high))
+    right = rng.choice(low)
+    wrong = rng.choice(high)
+    return yes_and_no(f"Is the {right} {where} of this image?",
+                      f"Is the {wrong} {where} of this image?")
 
 
 def ask_open(rng, scene: Scene) -> list:
@@ -152,9 +158,8 @@ def ask_more(rng, scene: Scene) -> list:
     return asked
 
 
-def yes_and_no(question: str, right: str, wrong: str) -> list[tuple[str, str]]:
-    """Ask with each in place of "{}"."""
-    return [(question.format(right), "Yes"), (question.format(wrong), "No")]
+def yes_and_no(right: str, wrong: str) -> list[tuple[str, str]]:
+    return [(right, "Yes"), (wrong, "No")]
 
 
 def center(box: tuple) -> tuple[float, float]:
