@@ -1,4 +1,5 @@
 """The built-in benchmarks are what tiny/make.py makes, and its training computes what it should."""
+import json
 import random
 import sys
 import zlib
@@ -97,6 +98,18 @@ def test_training_steps_change_the_weights_and_are_not_taken_again(tmp_path, mon
     train(seed=1)
     assert len(seen) == 4 and not seen[2].equal(seen[0])
     assert {file.name for file in tmp_path.iterdir()} == {"log.txt", "short.pt", "short-1.pt"}
+
+
+@pytest.mark.parametrize("name, export", [("llava", make.export_llava), ("qwen", make.export_qwen)])
+def test_a_built_in_model_is_exported_as_it_lies_there(name, export, tmp_path):
+    """A config's fields in any order."""
+    export(checkpoint.load_model(TINY / name), tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {file.name
+                                                          for file in (TINY / name).iterdir()}
+    for made in tmp_path.iterdir():
+        want = TINY / name / made.name
+        read = json.loads if made.suffix == ".json" else bytes
+        assert read(made.read_bytes()) == read(want.read_bytes())
 
 
 # ---- agreement -----------------------------------------------------------------------------------

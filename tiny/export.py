@@ -74,7 +74,7 @@ def export_qwen(model: Qwen, folder: Path):
         "eos_token_id": ids["im_end"], "image_token_id": ids["image_pad"],
         "video_token_id": ids["video_pad"], "vision_start_token_id": ids["vision_start"],
         "vision_end_token_id": ids["vision_end"], "tie_word_embeddings": True,
-        "max_position_embeddings": 512, **text, "hidden_act": "silu",
+        "max_position_embeddings": 512, **text, "hidden_act": "silu", "use_sliding_window": False,
         "rope_scaling": {"type": "mrope", "mrope_section": section},
         "vision_config": {**vision, "hidden_act": "silu", "in_chans": 3, "tokens_per_second": 2}}
     generation = {"eos_token_id": [ids["im_end"], ids["endoftext"]],
