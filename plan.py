@@ -16,13 +16,14 @@ In this order: the promise, the search, schedules and questions, the program.
 """
 import math
 import random
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 
 from eval import Cell, answer_cells, most_variants
 from support import flags
-from support.benchmarks import METRICS, Question, score
+from support.benchmarks import METRICS, Question
 from support.pictures import plot_plans
 from support.report import print_plan
 from support.run import (RANK, collect, grouped, look_at, open_folder, provenance, settings_of,
@@ -42,15 +43,7 @@ def walk(p_values: list[float], confidence: float) -> int:
     false promise needs the first true hypothesis in the order to be rejected, so its probability is
     at most 1 - confidence, however many schedules there are.
     """
-    for passed, p in enumerate(p_values):
-        if p > 1 - confidence:
-            return passed
-    return len(p_values)
-
-
-def least_loss(asked: int, confidence: float) -> float:
-    """Return the smallest loss that so many test questions can promise: if none of them changes."""
-    return 1 - (1 - confidence) ** (1 / asked)
+    return len(list(takewhile(lambda p: p <= 1 - confidence, p_values)))
 
 
 # ---- the search ----------------------------------------------------------------------------------
@@ -159,12 +152,6 @@ def split(questions: list[Question], seed: int) -> dict[str, list[Question]]:
             "report": [question for image in images[b:] for question in of_image[image]]}
 
 
-def cells_of(schedules: list[tuple], seed: int) -> list[Cell]:
-    """Return the unpruned model, then each schedule under its text."""
-    return [Cell("unpruned", ())] + [Cell(format_schedule(schedule), schedule, seed)
-                                     for schedule in schedules]
-
-
 def answer_questions(model, questions: list[Question], images: list, cells: list[Cell],
                      decoding: Decoding) -> list[dict]:
     """Return the records of questions of equal shape, by the name of each cell: answers; which of
@@ -184,7 +171,7 @@ def record_of(question: Question, answers: dict[str, str], stream: Stream) -> di
     read = {name: parse(answer) or answer for name, answer in answers.items()}
     scores = {"unpruned": 1.0}                          # its own target
     if question.gold:
-        scores = {name: score(answer, question)[1] for name, answer in answers.items()}
+        scores = {name: question.points(answer) for name, answer in answers.items()}
     return {"answers": answers, "scores": scores, "gold": bool(question.gold),
             "changed": [name for name in answers if read[name] != read["unpruned"]],
             "visual_tokens": stream.N, "text_rows": stream.x.shape[1] - stream.N}
@@ -258,18 +245,10 @@ def main(argv: list[str]):
     result = settings | provenance(args, model) | {"plans": []}
     for names in groups:
         def ask(part: str, schedules: list[tuple], stage: str) -> list[dict]:
-            cells = cells_of(schedules, args.seed)
-            at_once = flags.at_once(args, most_variants(cells))
-
-            def work(questions, images):
-                return answer_questions(model, questions, images, cells, flags.decoding(args))
-            folder = out / stage
-            folder.mkdir(exist_ok=True)
-            records = []
-            for name in names:
-                records += collect(folder, name, parts[name][part], model, work, at_once)
-            return records
-        plan = {"benchmarks": names} | make_plan(model, ask, args.loss, args.confidence, args.cost)
+            questions = {name: parts[name][part] for name in names}
+            return records_of(args, model, out / stage, questions, schedules)
+        plan = {"benchmarks": names}
+        plan |= make_plan(model, ask, args.loss, args.confidence, args.cost)
         files = ["--bench", ",".join(bench[name] for name in names)]
         print_plan(plan, model_flags, other_flags + files)
         result["plans"].append(plan)
@@ -280,16 +259,33 @@ def main(argv: list[str]):
     write_result(out, result, args.json)
 
 
+def records_of(args, model, folder: Path, data: dict, schedules: list[tuple]) -> list[dict]:
+    """Return the records of each benchmark's questions, answered by the unpruned model and under
+    each schedule; they are stored in the folder."""
+    cells = [Cell("unpruned", ())]
+    cells += [Cell(format_schedule(schedule), schedule, args.seed) for schedule in schedules]
+    at_once = flags.at_once(args, most_variants(cells))
+
+    def work(questions, images):
+        return answer_questions(model, questions, images, cells, flags.decoding(args))
+    folder.mkdir(exist_ok=True)
+    records = []
+    for name, questions in data.items():
+        records += collect(folder, name, questions, model, work, at_once)
+    return records
+
+
 def check_questions(tested: int, names: list[str], loss: float, confidence: float):
     """Raise InputError if so few test questions cannot promise the loss, even if none changes."""
     # the fewest for which (1 - loss) ** needed is at most 1 - confidence
     needed = math.ceil(math.log(1 - confidence) / math.log1p(-loss))
     if tested < needed:
         images = math.ceil(needed / TESTED / (1 - SEARCHED))
-        least = f"; they could promise {least_loss(tested, confidence):.2f}" if tested else ""
-        raise InputError(f"--loss {loss:g}: wants {needed} images to test on at a confidence of "
-                         f"{confidence:g}, about {images} in all; {', '.join(names)} leaves "
-                         f"{tested}{least}")
+        message = (f"--loss {loss:g}: wants {needed} images to test on at a confidence of "
+                   f"{confidence:g}, about {images} in all; {', '.join(names)} leaves {tested}")
+        if tested:
+            message += f"; they could promise {1 - (1 - confidence) ** (1 / tested):.2f}"
+        raise InputError(message)
 
 
 def make_plan(model, ask, loss: float, confidence: float, cost_of: str = "flops") -> dict:

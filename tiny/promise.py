@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plan  # noqa: E402
 from support import flags  # noqa: E402
 from support.report import print_heads, print_row  # noqa: E402
-from support.run import collect, grouped, open_folder, settings_of, start  # noqa: E402
+from support.run import grouped, open_folder, settings_of, start  # noqa: E402
 from support.statistics import at_most, from_there_on  # noqa: E402
 
 SPLITS = 200
@@ -47,21 +47,13 @@ def main(argv: list[str]):
         of_image = grouped(asked, lambda question: question.image)
         questions = [rng.choice(about_it) for about_it in of_image.values()]
         schedules = [((layer, "none", 0),) for layer in range(L)]
-
-        def ask(more: list[tuple], stage: str) -> list[dict]:
-            cells = plan.cells_of(more, args.seed)
-
-            def work(questions, images):
-                return plan.answer_questions(model, questions, images, cells, flags.decoding(args))
-            (out / stage).mkdir(exist_ok=True)
-            at_once = flags.at_once(args, plan.most_variants(cells))
-            return collect(out / stage, name, questions, model, work, at_once)
-        records = ask(schedules, "none")
+        records = plan.records_of(args, model, out / "none", {name: questions}, schedules)
         changed = plan.changed_in(records, schedules)
         horizons = [from_there_on(changed.mean(0) <= loss) for loss in LOSSES]
         last = sorted({horizon + later for horizon in horizons for later in (0, 1, 3)})
         grid = [schedule for layer in last if layer < L for schedule in plan.coarse(L, layer)]
-        changed = np.hstack([changed, plan.changed_in(ask(grid, "grid"), grid)])
+        of_grid = plan.records_of(args, model, out / "grid", {name: questions}, grid)
+        changed = np.hstack([changed, plan.changed_in(of_grid, grid)])
         cost = plan.costs(model, schedules + grid, records, "flops")
         simulate(name, schedules + grid, changed, cost, records[0]["visual_tokens"], L)
 
