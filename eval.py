@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from information import MEASURES, first_token_is_space, inputs_of_layers, measure_beforehand
+from information import (MEASURES, answer_to_measure, first_token_is_space, inputs_of_layers,
+                         measure_beforehand)
 from support import flags, report
 from support.benchmarks import Question, images_of, is_overlong, official_totals, score
 from support.pictures import plot
@@ -52,9 +53,12 @@ def answer_cells(model, streams: dict[int, Stream], cells: list[Cell], info: dic
     streams: the unpruned one at layer 0, and wherever else it has been run to, by layer. info: what
     methods need beforehand, as `prefill` takes it. seeds: of each prompt, added to the cell's.
     """
+    def shape(cell: Cell) -> tuple:                     # those of one shape are one batch
+        return tuple((layer, number_kept(amount, streams[0].N))
+                     for layer, _, amount in cell.schedule)
     full_streams = inputs_of_layers(model, streams, [first_layer(model, cell) for cell in cells])
     answers = [{} for _ in seeds]
-    for batch in batches_of_cells(cells, streams[0].N):
+    for batch in grouped(cells, shape).values():
         stages = []                                     # layers and counts are the same in all
         for same in zip(*(cell.schedule for cell in batch)):
             layer, _, amount = same[0]
@@ -74,13 +78,6 @@ def first_layer(model, cell: Cell) -> int:
     return cell.schedule[0][0] if cell.schedule else model.num_layers
 
 
-def batches_of_cells(cells: list[Cell], N: int) -> list[list[Cell]]:
-    """Group the cells that keep equally many tokens at the same layers: variants of one batch."""
-    def shape(cell: Cell) -> tuple:
-        return tuple((layer, number_kept(amount, N)) for layer, _, amount in cell.schedule)
-    return list(grouped(cells, shape).values())
-
-
 def layers_to_measure(cells: list[Cell]) -> dict[str, set[int]]:
     """Return where each method that needs something beforehand prunes."""
     layers_of = {}
@@ -92,8 +89,7 @@ def layers_to_measure(cells: list[Cell]) -> dict[str, set[int]]:
 
 
 def most_variants(cells: list[Cell]) -> int:
-    """Return the most cells that can be variants of one batch: those that prune at the same layers.
-    """
+    """Return the most cells that can be in one batch: those that prune at the same layers."""
     return max(Counter(tuple(layer for layer, _, _ in cell.schedule) for cell in cells).values())
 
 
@@ -115,9 +111,9 @@ def answer_questions(model, questions: list[Question], images: list, cells: list
 
     def answers_for(method) -> list[str]:
         target = MEASURES[method.measure].target
-        if whose == "gold" and method.needs_gold:
-            return [question.gold_for(target) for question in questions]
-        return [own or question.gold_for(target) for own, question in zip(own_answers, questions)]
+        of_method = whose if method.needs_gold else "own"
+        return [answer_to_measure(question, of_method, target, own)
+                for question, own in zip(questions, own_answers)]
     info = measure_beforehand(model, streams, layers_of, answers_for, max_batch_tokens)
     seeds = [question.seed for question in questions]
     pruned_cells = [cell for cell in cells if cell.schedule]
@@ -197,8 +193,7 @@ def costs(model, cell: Cell, records: list[dict]) -> dict:
 
 
 def totals(questions: list[Question], of_seeds: list[list[float]]) -> dict:
-    """Return what the benchmark's paper reports, averaged over seeds; {} where that is the score.
-    """
+    """Return what the benchmark's paper reports, averaged over seeds; {} if that is the score."""
     each = [official_totals(questions, np.array(scores)) for scores in of_seeds]
     means = {}
     for name, value in each[0].items():
@@ -246,13 +241,16 @@ def parse_arguments(argv: list[str]):
 
 def parse_cells(args, L: int) -> list[Cell]:
     """Return what the flags ask for, each with its seeds, behind the unpruned model and no image at
-    all. L: layers of the model."""
-    rows = [("unpruned", (), ()), ("no image", ((0, "none", 0),), ())]
+    all. Beside each --schedule is random in the place of its methods. L: layers of the model."""
     schedules = flags.schedules_of(args, ["none", "random"], METHODS, L)
-    if args.schedule:
-        rows += rows_beside_random(schedules)
-    else:
-        rows += [(schedule[0][1], schedule, ()) for schedule in schedules]
+    rows = [("unpruned", (), ()), ("no image", ((0, "none", 0),), ())]
+    first = schedules[0] if len(schedules) > 1 else ()  # what others are compared with
+    for schedule in schedules:
+        if args.schedule:
+            for one in (schedule, with_method(schedule, "random")):
+                rows.append((format_schedule(one), one, first))
+        else:
+            rows.append((schedule[0][1], schedule, ()))
     cells = {}
     for name, schedule, compared_with in rows:
         is_drawn = any(METHODS[method].draws for _, method, _ in schedule)
@@ -260,17 +258,6 @@ def parse_cells(args, L: int) -> list[Cell]:
             cell = Cell(name, schedule, args.seed + seed, compared_with)
             cells.setdefault(cell.key, cell)            # what is asked for twice runs once
     return list(cells.values())
-
-
-def rows_beside_random(schedules: list[tuple]) -> list[tuple]:
-    """Return (name, schedule, first) for each schedule, and for random in the place of its methods.
-    All are compared with the first schedule."""
-    first = schedules[0] if len(schedules) > 1 else ()
-    rows = []
-    for schedule in schedules:
-        for one in (schedule, with_method(schedule, "random")):
-            rows.append((format_schedule(one), one, first))
-    return rows
 
 
 # ---- the program ---------------------------------------------------------------------------------
