@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from support import flags, report, statistics
-from support.benchmarks import images_of, score
+from support.benchmarks import images_of
 from support.files import read_image
 from support.pictures import plot_information
 from support.run import (RANK, collect, grouped, look_at, open_folder, provenance, settings_of,
@@ -473,7 +473,9 @@ def measure_questions(model, questions: list, images: list, layers: list[int], w
     for question, stream, said in zip(questions, streams,
                                       answers_without_image(model, together(streams), decoding)):
         own = said["unpruned"]
-        scores = {layer: points(answer, question, own) for layer, answer in said.items()}
+        # without a gold answer, the unpruned one is right
+        scores = {layer: question.points(answer) if question.gold else float(answer == own)
+                  for layer, answer in said.items()}
         answer = answer_to_measure(question, whose, target, own)
         values = token_information(model, stream, answer, layers, window, mode, target,
                                    max_batch_tokens)
@@ -481,13 +483,6 @@ def measure_questions(model, questions: list, images: list, layers: list[int], w
         records.append({"answers": said, "scores": scores, "divergence": divergence, "same": same,
                         "information": to_json(values.numpy())})
     return records
-
-
-def points(answer: str, question, unpruned: str) -> float:
-    """Score an answer; without a gold answer, 1 if it is the unpruned one."""
-    if not question.gold:
-        return float(answer == unpruned)
-    return score(answer, question)[1]
 
 
 def answer_to_measure(question, whose: str, target: str, own: str) -> str:
@@ -510,21 +505,17 @@ def horizons_of(questions: list, records: list[dict], tolerance: float, threshol
     scores = np.array([[record["scores"][key] for key in ["unpruned", *keys]]
                        for record in records])
     divergence = np.array([np.array(record["divergence"])[:, :-1].sum(1) for record in records])
-
-    def by_score(curve):
-        return horizon(curve[1:], curve[0], tolerance)
-
-    def by_divergence(curve):
-        return divergence_horizon(curve, threshold)
-    horizons = {"score": statistics.horizon_interval(scores, image, by_score),
-                "divergence": statistics.horizon_interval(divergence, image, by_divergence)}
+    by_score = statistics.horizon_interval(
+        scores, image, lambda curve: horizon(curve[1:], curve[0], tolerance))
     full, *pruned = scores.mean(0).tolist()
     half = [score >= (full + pruned[0]) / 2 for score in pruned]
-    horizons["score"] |= {"unpruned": 100 * full, "half": from_there_on(half),
-                          "scores": [100 * score for score in pruned]}
+    by_score |= {"unpruned": 100 * full, "half": from_there_on(half),
+                 "scores": [100 * score for score in pruned]}
+    by_divergence = statistics.horizon_interval(
+        divergence, image, lambda curve: divergence_horizon(curve, threshold))
     nats = divergence.mean(0).tolist()
-    horizons["divergence"] |= {"nats": nats, "half": divergence_horizon(nats, 0.5)}
-    return horizons | {"questions": len(questions)}
+    by_divergence |= {"nats": nats, "half": divergence_horizon(nats, 0.5)}
+    return {"score": by_score, "divergence": by_divergence, "questions": len(questions)}
 
 
 def horizons_of_parts(questions: list, records: list[dict], tolerance: float,
@@ -534,21 +525,20 @@ def horizons_of_parts(questions: list, records: list[dict], tolerance: float,
     half of the answers go, the last, and the answer's end. A token scores 1 while it stays the most
     likely one.
     """
-    parts = {}
-    for group in dict.fromkeys(question.group for question in questions):
-        members = [i for i, question in enumerate(questions) if question.group == group]
-        asked = [questions[i] for i in members]
-        if group and len({question.image for question in asked}) >= statistics.FEW:
-            parts[group] = asked, [records[i] for i in members]
+    parts = {}                                          # name -> which questions, their records
+    numbers = range(len(questions))
+    for group, members in grouped(numbers, lambda i: questions[i].group).items():
+        if group and len({questions[i].image for i in members}) >= statistics.FEW:
+            parts[group] = members, [records[i] for i in members]
     lengths = [len(record["divergence"][0]) - 1 for record in records]
     places = {f"token {t + 1}": t for t in range(int(np.median(lengths)))}
     places |= {"last token": -2, "the answer's end": -1}
     for name, place in places.items():
         have = [i for i, n in enumerate(lengths) if -n - 1 <= place < n]
         if have:
-            parts[name] = ([questions[i] for i in have],
-                           [record_of_token(records[i], place) for i in have])
-    return {name: horizons_of(*part, tolerance, threshold) for name, part in parts.items()}
+            parts[name] = have, [record_of_token(records[i], place) for i in have]
+    return {name: horizons_of([questions[i] for i in members], found, tolerance, threshold)
+            for name, (members, found) in parts.items()}
 
 
 def record_of_token(record: dict, place: int) -> dict:
