@@ -146,10 +146,11 @@ def test_repetition_penalty_reaches_the_model(run, tmp_path):
 
 def test_a_new_method_without_gold_measures_the_models_own_answer(run, tmp_path, monkeypatch):
     """A fork's entry of METHODS is enough, as README promises; the gold answer is not its to see.
-    """
+    An oracle measures that one. Seed 18 asks a question that the model answers wrongly."""
     monkeypatch.setitem(METHODS, "mine", Method(take_turns, "#123456", measure="tokens"))
-    argv = ["--method", "mine", "--bench", "textvqa", "--limit", "1", "--seeds", "1"]
-    run(evaluation.main, *argv, out=tmp_path)
+    argv = ["--method", "mine,info-turns", "--bench", "textvqa", "--limit", "1", "--seed", "18"]
+    _, result = run(evaluation.main, *argv, out=tmp_path)
+    assert rows_of(result, "textvqa")["unpruned"]["score"] < 100
     args = evaluation.parse_arguments(argv)
     model = flags.load_model(args)
     known = {question.id: question for question in load_benchmark("textvqa", TINY)}
@@ -157,9 +158,10 @@ def test_a_new_method_without_gold_measures_the_models_own_answer(run, tmp_path,
         question = known[record["id"]]
         start = model.begin(read_image(question.image), question.prompt)
         own = record["answers"]["unpruned"]
-        info = {20: {"mine": information_of_tokens(model, {0: start}, [own], [20])[0]}}
-        want = decode(model, prefill(model, start, [(20, "mine", 0.9)], question.seed, info))[0]
-        assert record["answers"]["mine@20:0.9 seed 0"] == want
+        for name, answer in (("mine", own), ("info-turns", question.gold_written)):
+            info = {20: {name: information_of_tokens(model, {0: start}, [answer], [20])[0]}}
+            want = decode(model, prefill(model, start, [(20, name, 0.9)], question.seed, info))[0]
+            assert record["answers"][f"{name}@20:0.9 seed 18"] == want
 
 
 # ---- the main command ----------------------------------------------------------------------------

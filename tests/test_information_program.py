@@ -113,6 +113,7 @@ def test_each_token_its_end_and_each_group_have_horizons():
 
 
 def test_only_questions_with_a_gold_answer_can_be_right(run, tmp_path):
+    """Of the other the unpruned answer scores 1."""
     image = load_benchmark("mme", ROOT / "tiny")[0].image
     file = tmp_path / "mine.jsonl"
     file.write_text(lines(
@@ -121,7 +122,8 @@ def test_only_questions_with_a_gold_answer_can_be_right(run, tmp_path):
         {"id": "2", "image": str(image), "question": "What is it?"}))
     printed, result = run(information.main, "--bench", file, "--answers", "own", "--layer", 20,
                           "--window", 8, out=tmp_path / "out")
-    assert result["benchmarks"]["mine.jsonl"]["right"] == 0
+    found = result["benchmarks"]["mine.jsonl"]
+    assert found["right"] == 0 and found["horizon"]["unpruned"] == 50
     assert "gives the gold answer to 0 of 1 questions" in printed
 
 
