@@ -10,7 +10,7 @@ best there is partly luck. So a few of them, from careful to cheap, are tested o
 passes is promised: it changes at most a share --loss of the unpruned model's answers. The questions
 that are left report how the promise was kept.
 
-In this order: the promise, the search, schedules and questions, the program.
+In this order: the promise, what guides the search, schedules and questions, a plan, the program.
 
     S schedules   Q questions   L layers   changed (Q, S): whether an answer is not the unpruned one
 """
@@ -38,15 +38,15 @@ from tokprune import (METHODS, Decoding, InputError, Stream, flops, format_sched
 def walk(p_values: list[float], confidence: float) -> int:
     """Return how many schedules pass, in an order that was fixed before their test was seen.
 
-    Each one's hypothesis is that it changes more than the loss, its p-value how likely no more test
-    questions than were seen would change then. The first that cannot be rejected ends the walk. A
-    false promise needs the first true hypothesis in the order to be rejected, so its probability is
-    at most 1 - confidence, however many schedules there are.
+    The hypothesis of each is that it changes more than the loss; its p-value, how likely so few
+    changed test questions, or fewer, would be if it changed exactly the loss. The first that cannot
+    be rejected ends the walk. A false promise needs the first true hypothesis in the order to be
+    rejected, so its probability is at most 1 - confidence, however many schedules there are.
     """
     return len(list(takewhile(lambda p: p <= 1 - confidence, p_values)))
 
 
-# ---- the search ----------------------------------------------------------------------------------
+# ---- what guides the search ----------------------------------------------------------------------
 
 STEP = 0.1                              # of the unpruned model's cost
 HOPELESS = 3                            # times the loss: what seems to change more is not tested
@@ -62,7 +62,7 @@ def more_careful(schedules: list[tuple], N: int, L: int) -> np.ndarray:
     return uses_no_other & (tokens[:, None] >= tokens[None]).all(-1)
 
 
-NEIGHBORS = 40                          # questions that their shares count as
+NEIGHBORS = 40                          # weight of the neighbors' mean share, in questions
 
 
 def smooth(share: np.ndarray, asked: int, careful: np.ndarray) -> np.ndarray:
@@ -72,18 +72,17 @@ def smooth(share: np.ndarray, asked: int, careful: np.ndarray) -> np.ndarray:
     own share, of so many asked, is averaged with the mean share of those at least as careful as it
     and that of those at most as careful; with many questions its own decides.
     """
-    before = (careful * share[:, None]).sum(0) / careful.sum(0)
-    behind = (careful * share[None]).sum(1) / careful.sum(1)
-    return (asked * share + NEIGHBORS * (before + behind) / 2) / (asked + NEIGHBORS)
+    safer = (careful * share[:, None]).sum(0) / careful.sum(0)
+    bolder = (careful * share[None]).sum(1) / careful.sum(1)
+    return (asked * share + NEIGHBORS * (safer + bolder) / 2) / (asked + NEIGHBORS)
 
 
 def steps(cost: np.ndarray, risk: np.ndarray, stages: np.ndarray, loss: float) -> list[int]:
     """Return the schedules to walk, from careful to cheap: of each step of the cost the one of
     least risk. Among equals the simpler, of fewer stages; then the costlier, for it keeps more.
 
-    A step stays where a cheaper one seems safer: on a few questions that is often luck, and the
-    first schedule that fails ends the walk. It is left out only if its own risk is over the
-    loss, too.
+    A step stays even where a cheaper one seems safer, which is often luck on a few questions,
+    unless its own risk is over the loss, too.
     """
     step = np.floor(cost / STEP + 1e-9)
     order = np.lexsort((-cost, stages, risk))
@@ -138,18 +137,22 @@ def with_none(layer: int, name: str, ratio: float, horizon: int, L: int) -> tupl
     return ((layer, name, ratio), *last)
 
 
-def split(questions: list[Question], seed: int) -> dict[str, list[Question]]:
-    """Draw by image which questions to search, test and report on. Two questions about one picture
-    are not independent: one an image is tested."""
-    of_image = grouped(questions, lambda question: question.image)
+def split(data: dict[str, list[Question]], seed: int) -> dict[str, dict[str, list[Question]]]:
+    """Draw by image which questions of the benchmarks to search, test and report on: a part's
+    questions by benchmark. Two questions about one image are not independent, whichever benchmarks
+    they are of: one an image is tested."""
+    pairs = [(name, question) for name, questions in data.items() for question in questions]
+    of_image = grouped(pairs, lambda pair: str(pair[1].image))
     rng = random.Random(seed)
     images = sorted(of_image)
     rng.shuffle(images)
     a = math.ceil(SEARCHED * len(images))
     b = a + math.ceil(TESTED * (len(images) - a))
-    return {"search": [question for image in images[:a] for question in of_image[image]],
-            "test": [rng.choice(of_image[image]) for image in images[a:b]],
-            "report": [question for image in images[b:] for question in of_image[image]]}
+    parts = {"search": [pair for image in images[:a] for pair in of_image[image]],
+             "test": [rng.choice(of_image[image]) for image in images[a:b]],
+             "report": [pair for image in images[b:] for pair in of_image[image]]}
+    return {part: {name: [question for of, question in drawn if of == name] for name in data}
+            for part, drawn in parts.items()}
 
 
 def answer_questions(model, questions: list[Question], images: list, cells: list[Cell],
@@ -199,94 +202,7 @@ def costs(model, schedules: list[tuple], records: list[dict], of: str) -> np.nda
     return np.array([total(schedule) / unpruned for schedule in schedules])
 
 
-# ---- the program ---------------------------------------------------------------------------------
-
-def parse_arguments(argv: list[str]):
-    between = flags.number_that(lambda value: 0 < value < 1, "more than 0 and less than 1")
-    p = flags.Parser("plan.py", "The cheapest schedule that keeps the model's own answers.")
-    group = p.add_argument_group("what to promise")
-    group.add_argument("--loss", type=between, default=0.1, metavar="SHARE",
-                       help="share of the answers that a schedule may change (default: 0.1)")
-    group.add_argument("--confidence", type=between, default=0.95, metavar="SHARE",
-                       help="how sure the promise has to be (default: 0.95)")
-    group.add_argument("--cost", choices=["flops", "tokens"], default="flops",
-                       help="what is to be saved: prefill FLOPs or visual tokens (default: flops)")
-    group.add_argument("--each", action="store_true",
-                       help="choose for each benchmark on its own (default: for all together)")
-    flags.add_memory_flag(group)
-    flags.add_answer_flags(flags.add_model_flags(p))
-    flags.add_data_flags(p)
-    group = flags.add_output_flags(p)
-    group.add_argument("--plot", type=Path, metavar="SVG",
-                       help="picture of the search (default: plan.svg in the run folder)")
-    args = p.parse_args(argv)
-    flags.check_picture(args.plot)
-    return args
-
-
-def main(argv: list[str]):
-    args = parse_arguments(argv)
-    data = {name: flags.sample(questions, args.limit, args.seed)
-            for name, questions in flags.load_data(args, gold=False).items()}
-    parts = {name: split(questions, args.seed) for name, questions in data.items()}
-    bench = dict(zip(data, flags.benchmarks_of(args)))
-    plain = parse_arguments([])
-    model_flags = flags.repeated(args, plain, "model", "dtype", "min_pixels", "max_pixels")
-    other_flags = flags.repeated(args, plain, "max_new_tokens", "repetition_penalty", "data",
-                                 "prompt_style")
-    groups = [[name] for name in data] if args.each else [list(data)]
-    for names in groups:                                # before any work
-        check_questions(sum(len(parts[name]["test"]) for name in names), names, args.loss,
-                        args.confidence)
-    model = flags.load_model(args)
-    look_at(model, data)
-    settings = settings_of(args, model, data)
-    out = open_folder(args, settings)
-    result = settings | provenance(args, model) | {"plans": []}
-    for names in groups:
-        def ask(part: str, schedules: list[tuple], stage: str) -> list[dict]:
-            questions = {name: parts[name][part] for name in names}
-            return records_of(args, model, out / stage, questions, schedules)
-        plan = {"benchmarks": names}
-        plan |= make_plan(model, ask, args.loss, args.confidence, args.cost)
-        files = ["--bench", ",".join(bench[name] for name in names)]
-        print_plan(plan, model_flags, other_flags + files)
-        result["plans"].append(plan)
-    if RANK == 0:
-        picture = args.plot or out / "plan.svg"
-        plot_plans(result["plans"], picture)
-        print(f"{flags.where(model)}; answers in {out}, picture in {picture}")
-    write_result(out, result, args.json)
-
-
-def records_of(args, model, folder: Path, data: dict, schedules: list[tuple]) -> list[dict]:
-    """Return the records of each benchmark's questions, answered by the unpruned model and under
-    each schedule; they are stored in the folder."""
-    cells = [Cell("unpruned", ())]
-    cells += [Cell(format_schedule(schedule), schedule, args.seed) for schedule in schedules]
-    at_once = flags.at_once(args, most_variants(cells))
-
-    def work(questions, images):
-        return answer_questions(model, questions, images, cells, flags.decoding(args))
-    folder.mkdir(exist_ok=True)
-    records = []
-    for name, questions in data.items():
-        records += collect(folder, name, questions, model, work, at_once)
-    return records
-
-
-def check_questions(tested: int, names: list[str], loss: float, confidence: float):
-    """Raise InputError if so few test questions cannot promise the loss, even if none changes."""
-    # the fewest for which (1 - loss) ** needed is at most 1 - confidence
-    needed = math.ceil(math.log(1 - confidence) / math.log1p(-loss))
-    if tested < needed:
-        images = math.ceil(needed / TESTED / (1 - SEARCHED))
-        message = (f"--loss {loss:g}: wants {needed} images to test on at a confidence of "
-                   f"{confidence:g}, about {images} in all; {', '.join(names)} leaves {tested}")
-        if tested:
-            message += f"; they could promise {1 - (1 - confidence) ** (1 / tested):.2f}"
-        raise InputError(message)
-
+# ---- a plan --------------------------------------------------------------------------------------
 
 def make_plan(model, ask, loss: float, confidence: float, cost_of: str = "flops") -> dict:
     """Search, test and report. Returns a row for every schedule searched, those of the walk, and
@@ -344,6 +260,96 @@ def mean_score(records: list[dict], name: str) -> float | None:
     if not all(record["gold"] for record in records):
         return None
     return 100 * float(np.mean([record["scores"][name] for record in records]))
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
+def parse_arguments(argv: list[str]):
+    between = flags.number_that(lambda value: 0 < value < 1, "more than 0 and less than 1")
+    p = flags.Parser("plan.py", "The cheapest schedule that keeps the model's own answers.")
+    group = p.add_argument_group("what to promise")
+    group.add_argument("--loss", type=between, default=0.1, metavar="SHARE",
+                       help="share of the answers that a schedule may change (default: 0.1)")
+    group.add_argument("--confidence", type=between, default=0.95, metavar="SHARE",
+                       help="how sure the promise has to be (default: 0.95)")
+    group.add_argument("--cost", choices=["flops", "tokens"], default="flops",
+                       help="what is to be saved: prefill FLOPs or visual tokens (default: flops)")
+    group.add_argument("--each", action="store_true",
+                       help="choose for each benchmark on its own (default: for all together)")
+    flags.add_memory_flag(group)
+    flags.add_answer_flags(flags.add_model_flags(p))
+    flags.add_data_flags(p)
+    group = flags.add_output_flags(p)
+    group.add_argument("--plot", type=Path, metavar="SVG",
+                       help="picture of the search (default: plan.svg in the run folder)")
+    args = p.parse_args(argv)
+    flags.check_picture(args.plot)
+    return args
+
+
+def main(argv: list[str]):
+    args = parse_arguments(argv)
+    data = {name: flags.sample(questions, args.limit, args.seed)
+            for name, questions in flags.load_data(args, gold=False).items()}
+    bench = dict(zip(data, flags.benchmarks_of(args)))
+    plain = parse_arguments([])
+    model_flags = flags.repeated(args, plain, "model", "dtype", "min_pixels", "max_pixels")
+    other_flags = flags.repeated(args, plain, "max_new_tokens", "repetition_penalty", "data",
+                                 "prompt_style")
+    groups = [{name: data[name]} for name in data] if args.each else [data]
+    splits = [split(group, args.seed) for group in groups]
+    for parts in splits:                                # before any work
+        tested = sum(map(len, parts["test"].values()))
+        check_questions(tested, list(parts["test"]), args.loss, args.confidence)
+    model = flags.load_model(args)
+    look_at(model, data)
+    settings = settings_of(args, model, data)
+    out = open_folder(args, settings)
+    result = settings | provenance(args, model) | {"plans": []}
+    for parts in splits:
+        def ask(part: str, schedules: list[tuple], stage: str) -> list[dict]:
+            return records_of(args, model, out / stage, parts[part], schedules)
+        names = list(parts["test"])
+        plan = {"benchmarks": names}
+        plan |= make_plan(model, ask, args.loss, args.confidence, args.cost)
+        files = ["--bench", ",".join(bench[name] for name in names)]
+        print_plan(plan, model_flags, other_flags + files)
+        result["plans"].append(plan)
+    if RANK == 0:
+        picture = args.plot or out / "plan.svg"
+        plot_plans(result["plans"], picture)
+        print(f"{flags.where(model)}; {flags.penalty(args)}; answers in {out}, picture in "
+              f"{picture}")
+    write_result(out, result, args.json)
+
+
+def records_of(args, model, folder: Path, data: dict, schedules: list[tuple]) -> list[dict]:
+    """Return the records of each benchmark's questions, answered by the unpruned model and under
+    each schedule; they are stored in the folder."""
+    cells = [Cell("unpruned", ())]
+    cells += [Cell(format_schedule(schedule), schedule, args.seed) for schedule in schedules]
+    at_once = flags.at_once(args, most_variants(cells))
+
+    def work(questions, images):
+        return answer_questions(model, questions, images, cells, flags.decoding(args))
+    folder.mkdir(exist_ok=True)
+    records = []
+    for name, questions in data.items():
+        records += collect(folder, name, questions, model, work, at_once)
+    return records
+
+
+def check_questions(tested: int, names: list[str], loss: float, confidence: float):
+    """Raise InputError if so few test questions cannot promise the loss, even if none changes."""
+    # the fewest for which (1 - loss) ** needed is at most 1 - confidence
+    needed = math.ceil(math.log(1 - confidence) / math.log1p(-loss))
+    if tested < needed:
+        images = math.ceil(needed / TESTED / (1 - SEARCHED))
+        message = (f"--loss {loss:g}: wants {needed} images to test on at a confidence of "
+                   f"{confidence:g}, about {images} in all; {', '.join(names)} leaves {tested}")
+        if tested:
+            message += f"; they could promise {1 - (1 - confidence) ** (1 / tested):.2f}"
+        raise InputError(message)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import plan
 from support import pictures, report
 from support.benchmarks import Question
 from support.checkpoint import read_config
+from support.files import Published
 from support.run import ROOT
 from support.statistics import at_most, share_interval
 from tokprune import METHODS, InputError, Method, format_schedule, parse_schedule
@@ -113,14 +114,20 @@ def test_neighbors_differ_in_one_thing():
 
 
 def test_a_picture_is_in_one_part_and_is_tested_once():
-    questions = [Question(f"{image}/{i}", ROOT / f"{image}.png", "?", [], "")
-                 for image in range(50) for i in range(2)]
-    parts = plan.split(questions, 0)
-    images = {name: {question.image for question in part} for name, part in parts.items()}
-    assert [len(images[name]) for name in ("search", "test", "report")] == [10, 30, 10]
-    assert len(set.union(*images.values())) == 50
-    assert len(parts["test"]) == 30 and len(parts["search"]) == 20
-    assert plan.split(questions, 0) == parts != plan.split(questions, 1)
+    """Two benchmarks ask about each: a published one, and a user's own."""
+    data = {"a": [Question("a", Published(ROOT / f"{image}.png"), "?", [], "")
+                  for image in range(50)],
+            "b": [Question("b", ROOT / f"{image}.png", "?", [], "") for image in range(50)]}
+    parts = plan.split(data, 0)
+    images = {}
+    for part, of_benchmark in parts.items():
+        asked = [(name, question) for name in data for question in of_benchmark[name]]
+        assert all(question.id == name for name, question in asked)
+        images[part] = [str(question.image) for _, question in asked]
+    assert [len(images[part]) for part in ("search", "test", "report")] == [20, 30, 20]
+    assert [len(set(images[part])) for part in ("search", "test", "report")] == [10, 30, 10]
+    assert len(set().union(*images.values())) == 50
+    assert plan.split(data, 0) == parts != plan.split(data, 1)
 
 
 # ---- a plan of planted records -------------------------------------------------------------------
