@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from information import (MEASURES, answer_to_measure, first_token_is_space, inputs_of_layers,
+from information import (MEASURES, answer_to_measure, count_spaces, inputs_of_layers,
                          measure_beforehand)
 from support import flags, report
 from support.benchmarks import Question, images_of, is_overlong, official_totals, score
@@ -37,7 +37,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """What its answers stand under in answers.jsonl."""
+        """Return the key of its answers in answers.jsonl."""
         if not self.schedule:
             return "unpruned"
         return f"{format_schedule(self.schedule)} seed {self.seed}"
@@ -110,9 +110,10 @@ def answer_questions(model, questions: list[Question], images: list, cells: list
     own_answers = decode(model, streams[model.num_layers], *decoding)
 
     def answers_for(method) -> list[str]:
+        if not method.needs_gold:
+            return own_answers
         target = MEASURES[method.measure].target
-        of_method = whose if method.needs_gold else "own"
-        return [answer_to_measure(question, of_method, target, own)
+        return [answer_to_measure(question, whose, target, own)
                 for question, own in zip(questions, own_answers)]
     info = measure_beforehand(model, streams, layers_of, answers_for, max_batch_tokens)
     seeds = [question.seed for question in questions]
@@ -158,8 +159,8 @@ def summarize(model, questions: list[Question], records: list[dict],
 
 
 def differences(cell: Cell, means: dict[str, np.ndarray], image: np.ndarray) -> dict:
-    """Return paired differences from other rows that are there: the unpruned model; random, none
-    and each oracle in the place of the cell's methods; the schedule it is compared with."""
+    """Return paired differences from the rows that are there: of the unpruned model; of the same
+    schedule by random or an oracle; of none at its first layer; of the first schedule."""
     own = format_schedule(cell.schedule)
 
     def minus(other: tuple):
@@ -291,7 +292,7 @@ def main(argv: list[str]):
         result["benchmarks"][benchmark] = rows
         measured = {METHODS[method].measure for method in layers_to_measure(cells)}
         if any(MEASURES[measure].target == "first" for measure in measured):
-            space = sum(first_token_is_space(model, question) for question in asked)
+            space = count_spaces(model, asked, records, args.answers)
             result["space"][benchmark] = space
             report.print_space(benchmark, space, len(asked))
     print(f"{flags.where(model)}; {flags.penalty(args)}; answers in {out}")

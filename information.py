@@ -219,7 +219,7 @@ def run_together(model, streams: list[Stream], full_stream: Stream, prefix: int,
         if layer in joining:
             variants = keep(rows_behind(joining[layer], prefix), kept)
             batch = variants if batch is None else join(batch, variants)
-        # each layer begins from the shared rows: nobody asks for this batch's own keys again
+        # variants read the shared rows alone: what the layer appended to the cache is dropped
         batch = model.run(replace(batch, cache=cache), stop=layer + 1)
     return batch
 
@@ -549,12 +549,16 @@ def record_of_token(record: dict, place: int) -> dict:
             "divergence": [[of_layer[place], end] for of_layer in record["divergence"]]}
 
 
-def first_token_is_space(model, question) -> bool:
-    """Tell whether target "first" sees no content of the gold answer: LLaMA's vocabulary begins a
-    number with a space of its own, so that the first token of "2" and of "7" is the same."""
-    if not question.gold:
-        return False
-    return not model.tokenizer.decode(model.answer_ids(question.gold_normalized)[:1]).strip()
+def count_spaces(model, questions: list, records: list[dict], whose: str) -> int:
+    """Count the answers whose first token is only a space, so that target "first" sees nothing of
+    them: LLaMA's vocabulary begins a number so, and the first token of "2" and of "7" is the same.
+    """
+    spaces = 0
+    for question, record in zip(questions, records):
+        answer = answer_to_measure(question, whose, "first", record["answers"]["unpruned"])
+        ids = model.answer_ids(answer)[:1]
+        spaces += bool(ids) and not model.tokenizer.decode(ids).strip()
+    return spaces
 
 
 def to_json(values: np.ndarray) -> dict:
@@ -623,7 +627,8 @@ def main(argv: list[str]):
         values = [from_json(record["information"]) for record in records]
         for question, value in zip(asked, values):
             maps[f"{benchmark}/{question.id}"] = value
-        found = summarize(model, asked, records, values, layers, args.tolerance, args.threshold)
+        found = summarize(asked, records, values, layers, args.tolerance, args.threshold)
+        found["space"] = count_spaces(model, asked, records, args.answers)
         report.print_information(benchmark, found, args.tolerance, args.threshold, args.target)
         result["prompts"][benchmark] = prompt
         result["benchmarks"][benchmark] = found
@@ -638,12 +643,13 @@ def main(argv: list[str]):
         save_maps(out / "information.npz", maps)
         plot_information(result["benchmarks"], examples, picture)
     print(f"{args.mode}, {args.target}, windows of {args.window} x {args.window}; "
-          f"{flags.where(model)}; maps in {out / 'information.npz'}, picture in {picture}")
+          f"{flags.where(model)}; {flags.penalty(args)}; maps in {out / 'information.npz'}, "
+          f"picture in {picture}")
     write_result(out, result, args.json)
 
 
-def summarize(model, questions: list, records: list[dict], values: list[np.ndarray],
-              layers: list[int], tolerance: float, threshold: float) -> dict:
+def summarize(questions: list, records: list[dict], values: list[np.ndarray], layers: list[int],
+              tolerance: float, threshold: float) -> dict:
     """Return a benchmark's part of result.json: information by layer, horizons, counts."""
     rows = statistics.information_by_layer(values, images_of(questions), layers)
     horizons = horizons_of(questions, records, tolerance, threshold)
@@ -653,8 +659,7 @@ def summarize(model, questions: list, records: list[dict], values: list[np.ndarr
             "vanishes": statistics.layer_without_information(rows), "asked": len(questions),
             "images": len({question.image for question in questions}),
             "with_gold": len(with_gold),
-            "right": sum(record["scores"]["unpruned"] == 1 for record in with_gold),
-            "space": sum(first_token_is_space(model, question) for question in questions)}
+            "right": sum(record["scores"]["unpruned"] == 1 for record in with_gold)}
 
 
 def without_draws(found):

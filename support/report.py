@@ -124,10 +124,10 @@ def print_odd(benchmark: str, rows: list[dict]):
 
 
 def print_space(benchmark: str, space: int, asked: int):
-    """Warn if the first token of some gold answers is only a space."""
+    """Warn if the first token of some answers is only a space."""
     if space:
-        print(f"{benchmark}: target first says nothing about {space} of {asked} answers: their "
-              "first token is a space.")
+        print(f"{benchmark}: the first token of {space} of {asked} answers is only a space, whose "
+              "information says nothing.")
 
 
 def compared_rows(rows: list[dict], key: str) -> list[dict]:
@@ -368,7 +368,7 @@ def print_plan(plan: dict, model_flags: list[str], other_flags: list[str]):
 
 
 def changed(counts: list[int]) -> str:
-    """Format counts as "2 of 120, 2% [0, 6]", with the exact 95 % interval."""
+    """Format counts as "2 of 120, 2% [0, 6]", with the 95 % interval of independent questions."""
     count, of = counts
     if of == 0:
         return "-"

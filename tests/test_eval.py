@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import eval as evaluation
-from information import information_of_tokens
+from information import information_of_tokens, measure_beforehand
 from support import flags
 from support.benchmarks import Question, images_of, load_benchmark
 from support.checkpoint import read_config
@@ -162,6 +162,20 @@ def test_a_new_method_without_gold_measures_the_models_own_answer(run, tmp_path,
             info = {20: {name: information_of_tokens(model, {0: start}, [answer], [20])[0]}}
             want = decode(model, prefill(model, start, [(20, name, 0.9)], question.seed, info))[0]
             assert record["answers"][f"{name}@20:0.9 seed 18"] == want
+
+
+def test_an_empty_own_answer_is_measured_as_it_is_but_by_an_oracle(run, tmp_path, monkeypatch):
+    """hindsight saw the gold answer in its place."""
+    measured = {}
+
+    def measure(model, streams, layers_of, answers_for, max_batch_tokens):
+        measured.update({name: answers_for(METHODS[name]) for name in layers_of})
+        return measure_beforehand(model, streams, layers_of, answers_for, max_batch_tokens)
+    monkeypatch.setattr(evaluation, "measure_beforehand", measure)
+    monkeypatch.setattr(evaluation, "decode", lambda model, stream, *_: [""] * len(stream.x))
+    run(evaluation.main, "--method", "hindsight,info", "--bench", "textvqa", "--limit", 1,
+        "--answers", "own", out=tmp_path)
+    assert set(measured["hindsight"]) == {""} and "" not in measured["info"]
 
 
 # ---- the main command ----------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_odd_answers_and_first_tokens_that_are_spaces_are_said_where_there_are_a
         "mme, empty answers: dart@20:0.9 1\n\n"
         "mme, answers that begin with a right one and go on: dart@20:0.9 4\n\n")
     report.print_space("textvqa", 3, 40)
-    assert "target first says nothing about 3 of 40 answers" in capsys.readouterr().out
+    assert "the first token of 3 of 40 answers is only a space" in capsys.readouterr().out
 
 
 # ---- the verdict of a table ----------------------------------------------------------------------
