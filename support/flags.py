@@ -143,7 +143,8 @@ def add_information_flags(group):
 
 def add_memory_flag(group):
     group.add_argument("--max-batch-tokens", type=whole(1), default=2 ** 15, metavar="N",
-                       help="most rows computed at once (default: 32768); decides no answer")
+                       help="most rows computed at once (default: 32768; of information on a CPU, "
+                            "4096 at most); decides no answer")
 
 
 def add_output_flags(p: Parser):

@@ -42,7 +42,8 @@ DIED = f"another process of this run has ended; {RESUMES}, with as many processe
 
 # ---- the folder of a run -------------------------------------------------------------------------
 
-# flags that decide no answer; and model and data, whose contents are hashed instead
+# flags that decide no answer; model and data, whose contents are hashed instead; device and dtype,
+# which are added as they were used
 NOT_SETTINGS = {"command", "out", "json", "plot", "device", "dtype", "batch", "max_batch_tokens",
                 "tolerance", "threshold", "model", "data"}
 ENGINE = ["tokprune.py", "information.py", "support/benchmarks.py", "support/files.py",
@@ -183,8 +184,8 @@ def collect(out: Path, benchmark: str, questions: list, model, work, at_once) ->
 
     work(questions, images) returns their records: dicts whose "scores" has "unpruned". It gets
     prompts of equal shape, at most at_once(rows) of them. Of the questions that no process has a
-    record of, this one works on every WORLD-th. Raises InputError at the end if
-    memory ran out on some; all others have their records by then.
+    record of, this one works on every WORLD-th. Raises InputError at the end if memory ran out on
+    some; all others have their records by then.
     """
     shapes = {question.id: shape_of(model, question) for question in questions}
     records = read_records(out, benchmark)

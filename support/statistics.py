@@ -1,7 +1,7 @@
 """Means with their uncertainty. Knows arrays, not models.
 
-Questions about one image are not independent, so every error and interval is clustered by image:
-`image` holds, for each question, the number of its image, 0, 1, ...
+Questions about one image are not independent, so every error and interval of a mean is clustered by
+image: `image` holds, for each question, the number of its image, 0, 1, ...
 """
 import functools
 import math

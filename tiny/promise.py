@@ -33,7 +33,7 @@ def main(argv: list[str]):
     p = flags.Parser("tiny/promise.py", "How well plan.py keeps its promise.")
     flags.add_answer_flags(flags.add_model_flags(p))
     flags.add_memory_flag(flags.add_data_flags(p))
-    flags.add_output_flags(p)
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="run folder")
     args = p.parse_args(argv)
     data = flags.load_data(args)
     model = flags.load_model(args)
