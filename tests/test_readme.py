@@ -23,7 +23,6 @@ NOT_HERE = {
     "python -m pytest": "runs the tests",
     "python tests/make_golden": "needs transformers",
     "python tiny/make.py": "trains for hours; test_tiny.py runs parts of it",
-    "python bench.py --against transformers": "needs transformers",
     "python bench.py --shape": "takes minutes at 7B width; test_bench.py runs small shapes",
     "python demo.py --page": "measures sixteen questions; test_page.py measures one",
     "python plan.py": "answers a hundred schedules; test_plan.py runs the program on a few",
