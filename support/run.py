@@ -58,14 +58,15 @@ def settings_of(args, model, data: dict) -> dict:
                 for name, value in sorted(vars(args).items()) if name not in NOT_SETTINGS}
     for bound in ("min_pixels", "max_pixels"):
         settings[bound] = getattr(model.config, bound, None)
-    code = [*ENGINE, f"{type(model).__module__}.py", args.command.split()[0]]
-    if "plan.py" in code:
-        code.append("eval.py")                          # whose loop it answers by
+    program = args.command.split()[0]
+    code = {*ENGINE, f"{type(model).__module__}.py", program}
+    if program in ("plan.py", "tiny/promise.py"):
+        code |= {"eval.py", "plan.py"}                  # by whose loops they answer
     questions = {name: short_hash([question.identity for question in of_benchmark])
                  for name, of_benchmark in data.items()}
     return settings | {
         "device": weight.device.type, "dtype": str(weight.dtype)[6:],
-        "code": short_hash([(ROOT / file).read_text("utf-8") for file in code]),
+        "code": short_hash([(ROOT / file).read_text("utf-8") for file in sorted(code)]),
         "checkpoint": short_hash([model.config, sorted(model.eos),
                                   *map(hash_of_ends, checkpoint.files_read(args.model))]),
         "questions": questions}

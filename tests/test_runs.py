@@ -338,14 +338,17 @@ def code(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "support", folder / "support")
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
+    (folder / "tiny").mkdir()
+    shutil.copy(ROOT / "tiny" / "promise.py", folder / "tiny")
     monkeypatch.setattr(support_run, "ROOT", folder)
     monkeypatch.chdir(tmp_path)
     return folder
 
 
-def settings(*argv):
+def settings(*argv, program="eval.py"):
     """What decides the answers of a run."""
     args = evaluation.parse_arguments([str(arg) for arg in argv])
+    args.command = program
     return support_run.settings_of(args, flags.load_model(args), {})
 
 
@@ -376,6 +379,18 @@ def test_a_run_has_another_folder_only_if_its_answers_may_differ(code):
         assert (after != before) == decides and after["checkpoint"] == before["checkpoint"], name
         assert (support_run.open_folder(args, after) != folder) == decides
         before, folder = after, support_run.open_folder(args, after)
+
+
+@pytest.mark.parametrize("program, decides", [
+    ("eval.py", {"eval.py"}), ("information.py", set()), ("plan.py", {"eval.py", "plan.py"}),
+    ("tiny/promise.py", {"eval.py", "plan.py", "tiny/promise.py"})])
+def test_a_run_is_told_apart_by_the_programs_that_it_answers_by(code, program, decides):
+    """promise.py resumed with answers of another plan.py."""
+    for name in ("eval.py", "plan.py", "tiny/promise.py"):
+        before = settings(program=program)["code"]
+        with (code / name).open("a") as file:
+            file.write("# a comment\n")
+        assert (settings(program=program)["code"] != before) == (name in decides), name
 
 
 def test_another_ratio_in_the_same_folder_is_refused_in_one_line(undisturbed):
