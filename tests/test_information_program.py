@@ -2,6 +2,7 @@
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,6 +126,20 @@ def test_only_questions_with_a_gold_answer_can_be_right(run, tmp_path):
     found = result["benchmarks"]["mine.jsonl"]
     assert found["right"] == 0 and found["horizon"]["unpruned"] == 50
     assert "gives the gold answer to 0 of 1 questions" in printed
+
+
+def test_first_tokens_that_are_spaces_are_counted_of_the_answers_that_are_measured():
+    """In LLaMA's vocabulary a number begins with one. An empty answer has no first token."""
+    tokenizer = SimpleNamespace(decode=lambda ids: " " if ids == [0] else "cat")
+    model = SimpleNamespace(tokenizer=tokenizer, answer_ids=lambda answer: {"7": [0, 7], "cat": [1],
+                                                                            "": []}[answer])
+    questions = [Question("1", Path(), "?", [gold], "exact") for gold in ("7", "cat", "7")]
+    records = [{"answers": {"unpruned": own}} for own in ("7", "cat", "cat")]
+    assert information.count_spaces(model, questions, records, "gold") == 2
+    assert information.count_spaces(model, questions, records, "own") == 1
+    questions[0].gold = []
+    records[0]["answers"]["unpruned"] = ""
+    assert information.count_spaces(model, questions, records, "own") == 0
 
 
 def test_an_interrupted_run_measures_only_the_other_questions(run, measured, tmp_path,
