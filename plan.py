@@ -148,11 +148,16 @@ def split(data: dict[str, list[Question]], seed: int) -> dict[str, dict[str, lis
     rng.shuffle(images)
     a = math.ceil(SEARCHED * len(images))
     b = a + math.ceil(TESTED * (len(images) - a))
-    parts = {"search": [pair for image in images[:a] for pair in of_image[image]],
-             "test": [rng.choice(of_image[image]) for image in images[a:b]],
-             "report": [pair for image in images[b:] for pair in of_image[image]]}
-    return {part: {name: [question for of, question in drawn if of == name] for name in data}
-            for part, drawn in parts.items()}
+    parts = {part: {name: [] for name in data} for part in ("search", "test", "report")}
+    for i, image in enumerate(images):
+        about_it = of_image[image]
+        part = "search" if i < a else "report"
+        if a <= i < b:
+            part = "test"
+            about_it = [rng.choice(about_it)]
+        for name, question in about_it:
+            parts[part][name].append(question)
+    return parts
 
 
 def answer_questions(model, questions: list[Question], images: list, cells: list[Cell],
@@ -279,9 +284,7 @@ def parse_arguments(argv: list[str]):
     flags.add_memory_flag(group)
     flags.add_answer_flags(flags.add_model_flags(p))
     flags.add_data_flags(p)
-    group = flags.add_output_flags(p)
-    group.add_argument("--plot", type=Path, metavar="SVG",
-                       help="picture of the search (default: plan.svg in the run folder)")
+    flags.add_output_flags(p, "picture of the search (default: plan.svg in the run folder)")
     args = p.parse_args(argv)
     flags.check_picture(args.plot)
     return args
@@ -298,21 +301,20 @@ def main(argv: list[str]):
                                  "prompt_style")
     groups = [{name: data[name]} for name in data] if args.each else [data]
     splits = [split(group, args.seed) for group in groups]
-    for parts in splits:                                # before any work
+    for group, parts in zip(groups, splits):            # before any work
         tested = sum(map(len, parts["test"].values()))
-        check_questions(tested, list(parts["test"]), args.loss, args.confidence)
+        check_questions(tested, list(group), args.loss, args.confidence)
     model = flags.load_model(args)
     look_at(model, data)
     settings = settings_of(args, model, data)
     out = open_folder(args, settings)
     result = settings | provenance(args, model) | {"plans": []}
-    for parts in splits:
+    for group, parts in zip(groups, splits):
         def ask(part: str, schedules: list[tuple], stage: str) -> list[dict]:
             return records_of(args, model, out / stage, parts[part], schedules)
-        names = list(parts["test"])
-        plan = {"benchmarks": names}
+        plan = {"benchmarks": list(group)}
         plan |= make_plan(model, ask, args.loss, args.confidence, args.cost)
-        files = ["--bench", ",".join(bench[name] for name in names)]
+        files = ["--bench", ",".join(bench[name] for name in group)]
         print_plan(plan, model_flags, other_flags + files)
         result["plans"].append(plan)
     if RANK == 0:
