@@ -99,15 +99,17 @@ def test_modes_and_targets_differ(model, start, answer):
 
 
 @pytest.mark.parametrize("mode", information.MODES)
-@pytest.mark.parametrize("bound", [1, 600])
-def test_no_batch_of_windows_is_larger_than_asked(model, start, bound, mode):
+@pytest.mark.parametrize("asked, bound", [(1, 1), (600, 600), (9999, 600)])
+def test_no_batch_of_windows_is_larger_than_asked_or_than_a_cpu_likes(model, start, asked, bound,
+                                                                      mode, monkeypatch):
+    monkeypatch.setattr(information, "CPU_ROWS", 600)
     calls = []                      # of a layer: variants, rows, and rows in the cache
 
     def seen(module, args):
         past = args[2] if len(args) > 2 else None
         calls.append((*args[0].shape[:2], 0 if past is None else past.keys.shape[2]))
     hooks = [layer.register_forward_pre_hook(seen) for layer in decoder_of(model).layers]
-    token_information(model, start, "Y", [0, 1, 2], 2, mode, "first", bound)
+    token_information(model, start, "Y", [0, 1, 2], 2, mode, "first", asked)
     for hook in hooks:
         hook.remove()
     assert all(B == 1 or B * (T + past) <= bound for B, T, past in calls)
