@@ -9,7 +9,6 @@ In this order: the loop over schedules, scores, what the flags ask for, the prog
 """
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -229,8 +228,7 @@ def parse_arguments(argv: list[str]):
     flags.add_information_flags(group)
     flags.add_answer_flags(flags.add_model_flags(p))
     flags.add_data_flags(p)
-    group = flags.add_output_flags(p)
-    group.add_argument("--plot", type=Path, metavar="SVG", help="draw score against layer")
+    flags.add_output_flags(p, "draw score against layer")
     args = p.parse_args(argv)
     flags.resolve_pruning(args, "20")
     if args.plot and args.schedule:

@@ -193,9 +193,9 @@ def probabilities_left(model, streams: list[Stream], full_stream: Stream, prefix
 
 
 def batches(layers: int, windows: int, room: int) -> list[tuple[slice, slice]]:
-    """Divide all pairs of a layer and a window into batches of at most `room`, as many windows as
-    possible together: layers join one by one. batches(3, 2, 4) -> layers 0:2 with windows 0:2, then
-    2:4 with 0:2."""
+    """Divide all pairs of a layer and a window into batches of at most `room`. As many windows as
+    possible share one, for a batch is small until its last layer has joined. batches(3, 2, 4) ->
+    layers 0:2 with windows 0:2, then 2:4 with 0:2."""
     width = min(windows, room)                          # windows in a batch
     depth = room // width                               # layers in a batch
     return [(slice(i, i + depth), slice(j, j + width))
@@ -534,6 +534,7 @@ def horizons_of_parts(questions: list, records: list[dict], tolerance: float,
     places = {f"token {t + 1}": t for t in range(int(np.median(lengths)))}
     places |= {"last token": -2, "the answer's end": -1}
     for name, place in places.items():
+        # an answer of n tokens has n + 1 places, of which the last is its end
         have = [i for i, n in enumerate(lengths) if -n - 1 <= place < n]
         if have:
             parts[name] = have, [record_of_token(records[i], place) for i in have]
@@ -550,9 +551,8 @@ def record_of_token(record: dict, place: int) -> dict:
 
 
 def count_spaces(model, questions: list, records: list[dict], whose: str) -> int:
-    """Count the answers whose first token is only a space, so that target "first" sees nothing of
-    them: LLaMA's vocabulary begins a number so, and the first token of "2" and of "7" is the same.
-    """
+    """Count the answers whose first token is only a space, which says nothing about them. LLaMA's
+    tokenizer writes one before a number: "2" and "7" have the same first token."""
     spaces = 0
     for question, record in zip(questions, records):
         answer = answer_to_measure(question, whose, "first", record["answers"]["unpruned"])
@@ -595,9 +595,7 @@ def parse_arguments(argv: list[str]):
                        help="divergence past the horizon, as a share of layer 0's (default: 0.002)")
     flags.add_answer_flags(flags.add_model_flags(p))
     flags.add_data_flags(p, limit=100)
-    group = flags.add_output_flags(p)
-    group.add_argument("--plot", type=Path, metavar="SVG",
-                       help="picture to write (default: information.svg in the run folder)")
+    flags.add_output_flags(p, "picture to write (default: information.svg in the run folder)")
     args = p.parse_args(argv)
     flags.check_picture(args.plot)
     return args

@@ -1,7 +1,6 @@
 """The flags that programs share, and what they stand for: the model, the questions, layers. Below
 the programs, only this file and run.py take the parsed `args`."""
 import argparse
-import contextlib
 import difflib
 import math
 import random
@@ -59,10 +58,13 @@ def whole_or_all(text: str) -> int | None:
 def number_that(fits, want: str):
     """Return a type for argparse: a number that fits."""
     def convert(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if fits(float(text)):
-                return float(text)
-        raise argparse.ArgumentTypeError(f"{text}, want {want}")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan                            # fits nowhere
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text}, want {want}")
+        return value
     return convert
 
 
@@ -143,16 +145,19 @@ def add_information_flags(group):
 
 def add_memory_flag(group):
     group.add_argument("--max-batch-tokens", type=whole(1), default=2 ** 15, metavar="N",
-                       help="most rows computed at once (default: 32768; of information on a CPU, "
-                            "4096 at most); decides no answer")
+                       help="most rows computed at once (default: 32768; for information on a CPU "
+                            "at most 4096); decides no answer")
 
 
-def add_output_flags(p: Parser):
+def add_output_flags(p: Parser, plot: str = ""):
+    """Add --out and --json, and --plot with this help where the program draws a picture."""
     group = p.add_argument_group("output")
     group.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; an interrupted run "
                        "resumes from it (default: runs/<program>-<model>-<settings>)")
     group.add_argument("--json", action="store_true",
                        help="print result.json's object as the last line, too")
+    if plot:
+        group.add_argument("--plot", type=Path, metavar="SVG", help=plot)
     return group
 
 
