@@ -117,7 +117,7 @@ def horizon_of_question(model, stream: Stream, decoding: Decoding = Decoding()) 
     L = model.num_layers
     streams = inputs_of_layers(model, {0: stream}, range(L + 1))
     unpruned = decode(model, streams[L], *decoding)
-    for layer in reversed(range(L)):                    # down to the deepest that changes it
+    for layer in reversed(range(L)):                    # the deepest change decides
         without_stream = prefill(model, streams[layer], [(layer, "none", 0)])
         if decode(model, without_stream, *decoding) != unpruned:
             return layer + 1

@@ -162,7 +162,7 @@ def prune(model, stream: Stream, method: str | list, n: int, seed: int | list = 
             B = len(given)
     methods = method if isinstance(method, list) else [method] * B
     seeds = seed if isinstance(seed, list) else [seed] * B
-    if 0 < n < stream.visual[1]:                        # one check for all: each waits for a GPU
+    if 0 < n < stream.visual[1]:                        # once, as a check waits for the GPU
         finite(stream.x, f"hidden states at layer {stream.layer}", stream.x.dtype)
     stream = expand(stream, B)
     kept = []

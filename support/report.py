@@ -139,7 +139,9 @@ def compared_rows(rows: list[dict], key: str) -> list[dict]:
 def against(rows: list[dict], key: str) -> tuple[list[dict], list[dict]]:
     """Return the rows whose whole interval lies above 0, and those whose lies below."""
     rows = compared_rows(rows, key)
-    return [row for row in rows if row[key][1] > 0], [row for row in rows if row[key][2] < 0]
+    above = [row for row in rows if row[key][1] > 0]
+    below = [row for row in rows if row[key][2] < 0]
+    return above, below
 
 
 EQUAL = 5                       # points: a smaller cost of dropping everything counts as none

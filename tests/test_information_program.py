@@ -130,9 +130,9 @@ def test_only_questions_with_a_gold_answer_can_be_right(run, tmp_path):
 
 def test_first_tokens_that_are_spaces_are_counted_of_the_answers_that_are_measured():
     """In LLaMA's vocabulary a number begins with one. An empty answer has no first token."""
+    ids_of = {"7": [0, 7], "cat": [1], "": []}
     tokenizer = SimpleNamespace(decode=lambda ids: " " if ids == [0] else "cat")
-    model = SimpleNamespace(tokenizer=tokenizer, answer_ids=lambda answer: {"7": [0, 7], "cat": [1],
-                                                                            "": []}[answer])
+    model = SimpleNamespace(tokenizer=tokenizer, answer_ids=ids_of.get)
     questions = [Question("1", Path(), "?", [gold], "exact") for gold in ("7", "cat", "7")]
     records = [{"answers": {"unpruned": own}} for own in ("7", "cat", "cat")]
     assert information.count_spaces(model, questions, records, "gold") == 2

@@ -66,7 +66,7 @@ class Batches(torch.utils.data.Dataset):
         -> ids (T), positions (axes, T), block (T), targets (T). block: 0 for the shared beginning,
         the question's number, -1 for padding.
         """
-        before, _, _ = self.encode("", "")
+        before, _, _ = self.encode("", "")      # what stands before the image, of any question
         ids = before + [self.tokenizer.token_to_id(self.chat.image)] * (grid[0] * grid[1])
         block = [0] * len(ids)
         targets = [UNASKED] * len(ids)

@@ -72,7 +72,11 @@ QWEN_STAGES = [
 
 def train_model(make: Callable, layers: int, tower_and_loss: Callable, stages: list[Stage],
                 chat: Chat, device: torch.device, seed: int) -> nn.Module:
-    """Run the stages in order, each from its own checkpoint if there is one."""
+    """Run the stages in order, each from its own checkpoint if there is one.
+
+    make(layers, tokenizer) -> a model. tower_and_loss(model) -> what its first stage trains, and
+    the loss.
+    """
     torch.manual_seed(seed)
     model = make(layers, chat.tokenizer()).to(device)
     layer = torch.compile(masked_layer)

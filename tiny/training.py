@@ -144,8 +144,8 @@ def llava_tower(model: model_llava.Llava) -> tuple[nn.Module, Callable]:
 
 
 def qwen_tower(model: model_qwen.Qwen) -> tuple[nn.Module, Callable]:
-    """Return the same for Qwen, with the half each token lies in, in the decoder's own words: there
-    are no heads to throw away."""
+    """Return the same for Qwen, whose embeddings of the words serve as the heads. It is also asked
+    in which half of the image each token lies."""
     choices = [list(GLYPHS)]
     for words in (NUMBERS[1:], COLORS, SHAPES, ["top", "bottom"], ["left", "right"]):
         choices.append(["Ġ" + word for word in words])
